@@ -1,0 +1,2 @@
+//! `cordon`: predict, verify and show what a launch measured.
+fn main() {}

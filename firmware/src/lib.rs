@@ -1,0 +1,4 @@
+//! EFI types, the sandbox for runtime services, policies, and the measured configuration.
+#![cfg_attr(not(test), no_std)]
+// Tests may overflow: that is how they fail.
+#![cfg_attr(test, allow(clippy::arithmetic_side_effects))]

@@ -1,0 +1,115 @@
+//! Physical addresses and ranges that cannot wrap.
+
+use core::fmt;
+
+/// Bytes in the smallest page.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// First address past 4 GiB.
+pub const FOUR_GIB: u64 = 1 << 32;
+
+/// A non-empty range of physical memory, `start..=last`.
+///
+/// The last byte, not the end, is stored: a range may reach the top of the address space and no
+/// arithmetic on it can wrap.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PhysRange {
+    start: u64,
+    last: u64,
+}
+
+impl PhysRange {
+    /// `len` bytes from `start`; `None` when empty or when the end would pass 2^64.
+    pub const fn new(start: u64, len: u64) -> Option<Self> {
+        match len.checked_sub(1) {
+            None => None,
+            Some(more) => match start.checked_add(more) {
+                None => None,
+                Some(last) => Some(Self { start, last }),
+            },
+        }
+    }
+
+    /// `start..=last`; `None` when `last` is below `start`.
+    pub const fn from_last(start: u64, last: u64) -> Option<Self> {
+        if last < start { None } else { Some(Self { start, last }) }
+    }
+
+    /// First address.
+    pub const fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Last address inside the range.
+    pub const fn last(&self) -> u64 {
+        self.last
+    }
+
+    /// Length in bytes; saturates for the one range that holds all 2^64 addresses.
+    pub const fn len(&self) -> u64 {
+        self.last.wrapping_sub(self.start).saturating_add(1)
+    }
+
+    /// Never: an empty range cannot be made. Here because `len` is.
+    pub const fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// First address past the range; `None` when the range reaches 2^64.
+    pub const fn end(&self) -> Option<u64> {
+        self.last.checked_add(1)
+    }
+
+    /// Whether `other` lies wholly inside.
+    pub const fn contains(&self, other: &Self) -> bool {
+        self.start <= other.start && other.last <= self.last
+    }
+
+    /// Whether `addr` is inside.
+    pub const fn contains_addr(&self, addr: u64) -> bool {
+        self.start <= addr && addr <= self.last
+    }
+
+    /// Whether the two share a byte.
+    pub const fn overlaps(&self, other: &Self) -> bool {
+        self.start <= other.last && other.start <= self.last
+    }
+
+    /// The smallest range of whole pages that holds this one.
+    pub const fn page_outward(&self) -> Self {
+        let mask = PAGE_SIZE.wrapping_sub(1);
+        Self { start: self.start & !mask, last: self.last | mask }
+    }
+}
+
+impl fmt::Debug for PhysRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..={:#x}", self.start, self.last)
+    }
+}
+
+impl fmt::Display for PhysRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_and_wrapping_ranges_do_not_exist() {
+        assert_eq!(PhysRange::new(0x1000, 0), None);
+        assert_eq!(PhysRange::new(u64::MAX, 2), None);
+        assert_eq!(PhysRange::new(u64::MAX, 1).map(|r| r.last()), Some(u64::MAX));
+    }
+
+    #[test]
+    fn touching_ranges_do_not_overlap() {
+        let a = PhysRange::new(0x1000, 0x1000).unwrap();
+        let b = PhysRange::new(0x2000, 0x1000).unwrap();
+        assert!(!a.overlaps(&b) && !b.overlaps(&a));
+        assert!(a.overlaps(&PhysRange::new(0x1fff, 2).unwrap()));
+    }
+}

@@ -1,0 +1,115 @@
+//! The seams between logic and hardware. Images implement them on metal, tests on device models.
+
+/// A window of device registers. Offsets are bytes from the window's start, aligned to the access;
+/// the implementation decides what happens outside the window (metal: it was mapped by its maker and
+/// an offset outside reads as all ones; models: panic, so a test fails).
+pub trait Mmio {
+    /// Reads one byte.
+    fn read8(&self, offset: u32) -> u8;
+    /// Reads four bytes, little endian.
+    fn read32(&self, offset: u32) -> u32;
+    /// Reads eight bytes in one access.
+    fn read64(&self, offset: u32) -> u64;
+    /// Writes one byte.
+    fn write8(&self, offset: u32, value: u8);
+    /// Writes four bytes, little endian.
+    fn write32(&self, offset: u32, value: u32);
+    /// Writes eight bytes in one access.
+    fn write64(&self, offset: u32, value: u64);
+}
+
+/// The x86 I/O port space.
+pub trait PortIo {
+    /// IN of one byte.
+    fn in8(&self, port: u16) -> u8;
+    /// IN of two bytes.
+    fn in16(&self, port: u16) -> u16;
+    /// IN of four bytes.
+    fn in32(&self, port: u16) -> u32;
+    /// OUT of one byte.
+    fn out8(&self, port: u16, value: u8);
+    /// OUT of two bytes.
+    fn out16(&self, port: u16, value: u16);
+    /// OUT of four bytes.
+    fn out32(&self, port: u16, value: u32);
+}
+
+/// Model-specific registers of the CPU that runs the call.
+pub trait Msr {
+    /// RDMSR. The caller knows from CPUID that the register exists; a #GP would be fatal.
+    fn rdmsr(&self, index: u32) -> u64;
+    /// WRMSR.
+    fn wrmsr(&self, index: u32, value: u64);
+}
+
+/// Time for bounded waits: every poll of hardware has a deadline.
+pub trait Clock {
+    /// Microseconds since some fixed moment; never goes back.
+    fn now_us(&self) -> u64;
+    /// Called between two polls.
+    fn relax(&self) {
+        core::hint::spin_loop();
+    }
+}
+
+/// The wait ran out of its budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimedOut;
+
+/// Polls `done` until it holds or `budget_us` microseconds have passed; tests it at least once, and
+/// once more after the deadline, so a stalled CPU does not turn a success into a timeout.
+pub fn poll_until(
+    clock: &impl Clock,
+    budget_us: u64,
+    mut done: impl FnMut() -> bool,
+) -> Result<(), TimedOut> {
+    let start = clock.now_us();
+    loop {
+        if done() {
+            return Ok(());
+        }
+        if clock.now_us().saturating_sub(start) > budget_us {
+            return if done() { Ok(()) } else { Err(TimedOut) };
+        }
+        clock.relax();
+    }
+}
+
+/// Physical memory that somebody else may have written. Reads copy out (I2: copy, check, use the copy).
+pub trait PhysMem {
+    /// Copies `out.len()` bytes from `addr`; false when the range is not memory this reader may reach,
+    /// and `out` is unchanged then.
+    fn read(&self, addr: u64, out: &mut [u8]) -> bool;
+    /// Copies `data` to `addr`; false, and nothing written, when it may not.
+    fn write(&self, addr: u64, data: &[u8]) -> bool;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::cell::Cell;
+
+    struct Steps(Cell<u64>);
+    impl Clock for Steps {
+        fn now_us(&self) -> u64 {
+            self.0.set(self.0.get() + 10);
+            self.0.get()
+        }
+    }
+
+    #[test]
+    fn a_wait_ends_by_its_budget() {
+        let mut polls = 0;
+        let r = poll_until(&Steps(Cell::new(0)), 100, || {
+            polls += 1;
+            false
+        });
+        assert_eq!(r, Err(TimedOut));
+        assert!((10..20).contains(&polls));
+    }
+
+    #[test]
+    fn success_on_the_first_look_needs_no_time() {
+        assert_eq!(poll_until(&Steps(Cell::new(0)), 0, || true), Ok(()));
+    }
+}

@@ -1,0 +1,2 @@
+//! The mle image.
+fn main() {}

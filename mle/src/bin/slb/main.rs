@@ -1,0 +1,2 @@
+//! The slb image.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The bench: emulated machines, the DRTM events they lack, attacks and benchmarks.

@@ -1,0 +1,4 @@
+//! Intel back end: definitions for TXT and VMX.
+#![cfg_attr(not(test), no_std)]
+// Tests may overflow: that is how they fail.
+#![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
