@@ -191,7 +191,6 @@ pub const POLICY: [(u32, u16, &str); 4] = [
 ];
 
 #[cfg(test)]
-
 mod tests {
     use super::*;
     use core::mem::offset_of;

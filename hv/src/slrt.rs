@@ -382,7 +382,6 @@ pub fn policy_info(name: &str) -> [u8; 32] {
 }
 
 #[cfg(test)]
-
 mod tests {
     use super::*;
     use core::mem::offset_of;
