@@ -9,4 +9,6 @@
 pub mod addr;
 pub mod io;
 pub mod launch;
+pub mod radix;
 pub mod slrt;
+pub mod vcpu;

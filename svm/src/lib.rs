@@ -1,4 +1,12 @@
-//! AMD back end: SKINIT, VMCB, nested paging, world switch.
+//! AMD back end: VMCB, permission maps, world switch.
+//!
+//! [`vcpu::SvmVcpu`] is the virtual CPU; everything that decides what a guest may do is in the MLE, against
+//! [`hv::vcpu::Vcpu`].
 #![cfg_attr(not(test), no_std)]
 // Tests may overflow: that is how they fail.
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
+
+pub mod defs;
+pub mod insn;
+pub mod maps;
+pub mod vcpu;
