@@ -1,4 +1,13 @@
-//! EFI types, the sandbox for runtime services, policies, and the measured configuration.
+//! What Cordon reads of the platform firmware and what it shows of it to the guest: the measured
+//! configuration, the EFI memory map, the Linux boot protocol, the guest's EFI tables, runtime-service
+//! calls as data, the sandbox's state machine, and the list of what is measured.
+//!
+//! Nothing here touches hardware and nothing allocates. Every byte comes from the loader, the firmware
+//! or the guest: it is copied, checked, and only the copy is used.
 #![cfg_attr(not(test), no_std)]
 // Tests may overflow: that is how they fail.
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod service;
