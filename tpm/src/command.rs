@@ -1,0 +1,180 @@
+//! The commands that Cordon sends, and their responses.
+//!
+//! Spec: \[TPM2.3\] "TPM2_GetCapability", "TPM2_PCR_Extend", "TPM2_PCR_Read"; all fields big-endian.
+
+use heapless::Vec;
+
+use crate::bank::{Bank, Banks, Digest, HashAlg};
+use crate::error::Error;
+use crate::reader::Reader;
+
+/// Longest command, in bytes: an extend of [`crate::MAX_BANKS`] banks of 64 bytes takes 559.
+const COMMAND_MAX: usize = 576;
+pub(crate) type Command = Vec<u8, COMMAND_MAX>;
+/// Longest response: a read of one PCR.
+pub(crate) const RESPONSE_MAX: usize = 256;
+
+pub(crate) const CC_GET_CAPABILITY: u32 = 0x17a;
+pub(crate) const CC_PCR_READ: u32 = 0x17e;
+pub(crate) const CC_PCR_EXTEND: u32 = 0x182;
+
+const ST_NO_SESSIONS: u16 = 0x8001;
+const ST_SESSIONS: u16 = 0x8002;
+const CAP_PCRS: u32 = 5;
+/// Authorization area: its size 9, TPM_RS_PW, empty nonce, no attributes, empty password.
+const EMPTY_PASSWORD: [u8; 13] = [0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0];
+/// Bytes of a PCR selection's bitmap: 24 PCRs.
+const SELECT_SIZE: u8 = 3;
+
+/// A command of several parts, with its header.
+fn command(tag: u16, code: u32, parts: &[&[u8]]) -> Result<Command, Error> {
+    let size = parts.iter().fold(10_u32, |size, part| size.saturating_add(part.len() as u32));
+    let mut bytes = Command::new();
+    let too_long = |_| Error::CommandSize { size, limit: COMMAND_MAX as u32 };
+    for part in [&tag.to_be_bytes()[..], &size.to_be_bytes(), &code.to_be_bytes()] {
+        bytes.extend_from_slice(part).map_err(too_long)?;
+    }
+    for part in parts {
+        bytes.extend_from_slice(part).map_err(too_long)?;
+    }
+    Ok(bytes)
+}
+
+/// Asks for all PCR banks.
+pub(crate) fn get_pcr_banks() -> Result<Command, Error> {
+    let (property, count) = (0_u32, 1_u32);
+    command(
+        ST_NO_SESSIONS,
+        CC_GET_CAPABILITY,
+        &[&CAP_PCRS.to_be_bytes(), &property.to_be_bytes(), &count.to_be_bytes()],
+    )
+}
+
+/// Extends `pcr` with every one of `digests`.
+pub(crate) fn pcr_extend(pcr: u32, digests: &[Digest]) -> Result<Command, Error> {
+    let mut list = Command::new();
+    let mut append = |bytes: &[u8]| list.extend_from_slice(bytes).map_err(|_| Error::TooManyBanks);
+    append(&(digests.len() as u32).to_be_bytes())?;
+    for digest in digests {
+        append(&digest.alg().0.to_be_bytes())?;
+        append(digest.as_bytes())?;
+    }
+    command(ST_SESSIONS, CC_PCR_EXTEND, &[&pcr.to_be_bytes(), &EMPTY_PASSWORD, &list])
+}
+
+/// The bit of `pcr` in a selection's bitmap; none beyond PCR 23.
+fn selection(alg: HashAlg, pcr: u32) -> Option<[u8; 6]> {
+    let [low, middle, high, beyond] = 1_u32.checked_shl(pcr)?.to_le_bytes();
+    let [a, b] = alg.0.to_be_bytes();
+    (beyond == 0).then_some([a, b, SELECT_SIZE, low, middle, high])
+}
+
+/// Reads `pcr` of one bank.
+pub(crate) fn pcr_read(alg: HashAlg, pcr: u32) -> Result<Command, Error> {
+    let selection = selection(alg, pcr).ok_or(Error::Response { field: "PCR", value: pcr })?;
+    command(ST_NO_SESSIONS, CC_PCR_READ, &[&1_u32.to_be_bytes(), &selection])
+}
+
+/// The response code, after a check of the header.
+pub(crate) fn response_code(response: &[u8]) -> Result<u32, Error> {
+    let mut reader = Reader(response);
+    let (Some(tag), Some(size), Some(rc)) = (reader.be16(), reader.be32(), reader.be32()) else {
+        return Err(Error::Response { field: "header", value: 0 });
+    };
+    if tag != ST_NO_SESSIONS && tag != ST_SESSIONS {
+        // TPM_ST_RSP_COMMAND, 00C4h, is how a TPM 1.2 answers.
+        return Err(Error::Response { field: "tag", value: tag.into() });
+    }
+    if usize::try_from(size) != Ok(response.len()) {
+        return Err(Error::Response { field: "responseSize", value: size });
+    }
+    Ok(rc)
+}
+
+/// Reads fields of a response's parameters, naming the one that is missing.
+struct Fields<'a>(Reader<'a>);
+
+impl<'a> Fields<'a> {
+    fn of(response: &'a [u8]) -> Self {
+        Self(Reader(response.get(10..).unwrap_or_default()))
+    }
+
+    fn get<T>(
+        &mut self,
+        field: &'static str,
+        read: impl FnOnce(&mut Reader<'a>) -> Option<T>,
+    ) -> Result<T, Error> {
+        read(&mut self.0).ok_or(Error::Response { field, value: 0 })
+    }
+
+    fn expect(&mut self, field: &'static str, wanted: u32) -> Result<(), Error> {
+        let value = self.get(field, Reader::be32)?;
+        if value == wanted { Ok(()) } else { Err(Error::Response { field, value }) }
+    }
+
+    fn end(self) -> Result<(), Error> {
+        if self.0.0.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Response { field: "trailing bytes", value: self.0.0.len() as u32 })
+        }
+    }
+}
+
+/// The active banks of a [`get_pcr_banks`] response. The size of a bank whose algorithm this crate
+/// cannot compute is 0: [`pcr_read`] tells it.
+pub(crate) fn parse_pcr_banks(response: &[u8]) -> Result<Banks, Error> {
+    let mut fields = Fields::of(response);
+    let more = fields.get("moreData", Reader::u8)?;
+    if more != 0 {
+        return Err(Error::Response { field: "moreData", value: more.into() });
+    }
+    fields.expect("capability", CAP_PCRS)?;
+    let count = fields.get("count", Reader::be32)?;
+    let mut banks = Banks::new();
+    for _ in 0..count {
+        let alg = HashAlg(fields.get("hash", Reader::be16)?);
+        let size = fields.get("sizeofSelect", Reader::u8)?;
+        let select = fields.get("pcrSelect", |r| r.bytes(size.into()))?;
+        // A bank that is not allocated has an empty selection.
+        if select.iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        if banks.iter().any(|bank| bank.alg == alg) {
+            return Err(Error::Response { field: "hash", value: alg.0.into() });
+        }
+        let bank = Bank { alg, size: alg.computed_size().unwrap_or(0) };
+        banks.push(bank).map_err(|_| Error::TooManyBanks)?;
+    }
+    fields.end()?;
+    if banks.is_empty() { Err(Error::NoBanks) } else { Ok(banks) }
+}
+
+/// The digest in a [`pcr_read`] response; none when the bank does not have the PCR.
+pub(crate) fn parse_pcr_read(response: &[u8], alg: HashAlg, pcr: u32) -> Result<Option<Digest>, Error> {
+    let mut fields = Fields::of(response);
+    let _update_counter = fields.get("pcrUpdateCounter", Reader::be32)?;
+    fields.expect("selection count", 1)?;
+    let echo = fields.get("hash", Reader::be16)?;
+    if echo != alg.0 {
+        return Err(Error::Response { field: "hash", value: echo.into() });
+    }
+    let size = fields.get("sizeofSelect", Reader::u8)?;
+    let select = fields.get("pcrSelect", |r| r.bytes(size.into()))?;
+    let values = fields.get("digest count", Reader::be32)?;
+    if values == 0 {
+        fields.end()?;
+        return Ok(None);
+    }
+    let wanted = selection(alg, pcr);
+    if values != 1 || wanted.as_ref().and_then(|wanted| wanted.get(3..)) != Some(select) {
+        return Err(Error::Response { field: "digest count", value: values });
+    }
+    let size = fields.get("digest size", Reader::be16)?;
+    let digest = fields.get("digest", |r| r.bytes(size.into()))?;
+    fields.end()?;
+    let digest = Digest::new(alg, digest)
+        .filter(|digest| alg.computed_size().is_none_or(|size| size == digest.bank().size))
+        .ok_or(Error::Response { field: "digest size", value: size.into() })?;
+    Ok(Some(digest))
+}

@@ -1,0 +1,187 @@
+//! The FIFO interface, that of TIS too.
+//!
+//! Spec: \[PTP\] "FIFO Interface"; \[TIS\] "TPM Interface Specification".
+
+use hv::io::{Clock, Mmio};
+
+use crate::error::{Error, Flow, Wait};
+use crate::transport::{
+    Chip, Contention, Locality, TIMEOUT_A, TIMEOUT_B, TIMEOUT_C, TIMEOUT_COMMAND, TIMEOUT_D, response_size,
+};
+
+const ACCESS: u32 = 0x00;
+const STS: u32 = 0x18;
+const DATA: u32 = 0x24;
+
+const ACCESS_VALID: u8 = 1 << 7;
+const ACCESS_ACTIVE: u8 = 1 << 5;
+const ACCESS_SEIZE: u8 = 1 << 3;
+const ACCESS_REQUEST: u8 = 1 << 1;
+/// What a page that is closed, or not there, reads as.
+const CLOSED: u8 = 0xff;
+
+const STS_VALID: u32 = 1 << 7;
+const STS_READY: u32 = 1 << 6;
+const STS_GO: u32 = 1 << 5;
+const STS_DATA: u32 = 1 << 4;
+const STS_EXPECT: u32 = 1 << 3;
+
+/// STS.burstCount: bytes that may be moved without looking again.
+const fn burst(sts: u32) -> usize {
+    ((sts >> 8) & 0xffff) as usize
+}
+
+impl<M: Mmio, C: Clock> Chip<M, C> {
+    fn access(&self, locality: Locality) -> u8 {
+        self.mmio.read8(locality.page() | ACCESS)
+    }
+
+    fn active(&self, locality: Locality) -> bool {
+        let access = self.access(locality);
+        access != CLOSED && access & ACCESS_ACTIVE != 0
+    }
+
+    pub(crate) fn fifo_request(&self, locality: Locality, contention: Contention) -> Result<(), Error> {
+        let number = locality as u8;
+        if self.access(locality) == CLOSED {
+            return Err(Error::LocalityUnavailable { locality: number });
+        }
+        self.wait(TIMEOUT_A, Wait::Valid, || self.access(locality) & ACCESS_VALID != 0)?;
+        if self.active(locality) {
+            return Ok(());
+        }
+        let ask = |how, limit| {
+            self.mmio.write8(locality.page() | ACCESS, how);
+            self.wait(limit, Wait::Valid, || self.active(locality))
+        };
+        if ask(ACCESS_REQUEST, contention.wait_us.max(TIMEOUT_A)).is_ok() {
+            return Ok(());
+        }
+        let holder = Locality::ALL.into_iter().find(|other| self.active(*other));
+        // A seize by a lower locality would be ignored.
+        let may_seize = contention.seize && holder.is_some_and(|holder| holder < locality);
+        if may_seize && ask(ACCESS_SEIZE, TIMEOUT_A).is_ok() {
+            return Ok(());
+        }
+        // Withdraw the request: granted later, it would keep the others out for good.
+        self.fifo_relinquish(locality);
+        Err(Error::LocalityBusy { locality: number, holder: holder.map(|holder| holder as u8) })
+    }
+
+    pub(crate) fn fifo_relinquish(&self, locality: Locality) {
+        self.mmio.write8(locality.page() | ACCESS, ACCESS_ACTIVE);
+    }
+
+    pub(crate) fn fifo_execute(
+        &self,
+        locality: Locality,
+        command: &[u8],
+        response: &mut [u8],
+    ) -> Result<usize, Error> {
+        let page = locality.page();
+        let result = self.fifo_ready(page).and_then(|()| {
+            self.fifo_send(page, command)?;
+            self.fifo_write_sts(page, STS_GO);
+            self.wait(TIMEOUT_COMMAND, Wait::Response, || {
+                let sts = self.fifo_sts(page);
+                sts & STS_VALID != 0 && sts & STS_DATA != 0
+            })?;
+            self.fifo_receive(page, response)
+        });
+        // Ends the command, also one that hangs: the next user finds the TPM idle.
+        self.fifo_write_sts(page, STS_READY);
+        result
+    }
+
+    fn fifo_sts(&self, page: u32) -> u32 {
+        self.mmio.read32(page | STS)
+    }
+
+    /// The low byte alone: the others hold cancel and resetEstablishment.
+    fn fifo_write_sts(&self, page: u32, bit: u32) {
+        self.mmio.write8(page | STS, (bit & 0xff) as u8);
+    }
+
+    /// STS once it is valid.
+    fn fifo_valid_sts(&self, page: u32) -> Result<u32, Error> {
+        let mut sts = 0;
+        self.wait(TIMEOUT_C, Wait::Status, || {
+            sts = self.fifo_sts(page);
+            sts & STS_VALID != 0
+        })?;
+        Ok(sts)
+    }
+
+    /// Brings the TPM from any state to Ready.
+    fn fifo_ready(&self, page: u32) -> Result<(), Error> {
+        let attempt = || {
+            self.fifo_write_sts(page, STS_READY);
+            self.wait(TIMEOUT_B, Wait::Ready, || self.fifo_sts(page) & STS_READY != 0)
+        };
+        // A response that nobody read: the first write leads to Idle only, the second to Ready.
+        attempt().or_else(|_| attempt())
+    }
+
+    fn fifo_send(&self, page: u32, command: &[u8]) -> Result<(), Error> {
+        let Some((last, body)) = command.split_last() else { return Ok(()) };
+        self.fifo_write(page, body)?;
+        if self.fifo_valid_sts(page)? & STS_EXPECT == 0 {
+            return Err(Error::Flow(Flow::ExpectsTooFew));
+        }
+        self.fifo_write(page, core::slice::from_ref(last))?;
+        if self.fifo_valid_sts(page)? & STS_EXPECT != 0 {
+            return Err(Error::Flow(Flow::ExpectsTooMany));
+        }
+        Ok(())
+    }
+
+    fn fifo_write(&self, page: u32, mut data: &[u8]) -> Result<(), Error> {
+        while !data.is_empty() {
+            let mut room = 0;
+            self.wait(TIMEOUT_D, Wait::Burst, || {
+                room = burst(self.fifo_sts(page));
+                room != 0
+            })?;
+            let (now, later) = data.split_at(room.min(data.len()));
+            for byte in now {
+                self.mmio.write8(page | DATA, *byte);
+            }
+            data = later;
+        }
+        Ok(())
+    }
+
+    fn fifo_receive(&self, page: u32, response: &mut [u8]) -> Result<usize, Error> {
+        let mut header = [0; 10];
+        self.fifo_read(page, &mut header)?;
+        let size = response_size(&header, response.len())?;
+        // Cannot fail: `response_size` checked both bounds.
+        if let Some((head, body)) = response.get_mut(..size).and_then(|r| r.split_first_chunk_mut()) {
+            *head = header;
+            self.fifo_read(page, body)?;
+        }
+        if self.fifo_valid_sts(page)? & STS_DATA != 0 {
+            return Err(Error::Flow(Flow::ResponseLong));
+        }
+        Ok(size)
+    }
+
+    fn fifo_read(&self, page: u32, mut data: &mut [u8]) -> Result<(), Error> {
+        while !data.is_empty() {
+            let mut sts = 0;
+            self.wait(TIMEOUT_D, Wait::Burst, || {
+                sts = self.fifo_sts(page);
+                sts & STS_VALID != 0 && (sts & STS_DATA == 0 || burst(sts) != 0)
+            })?;
+            if sts & STS_DATA == 0 {
+                return Err(Error::Flow(Flow::ResponseShort));
+            }
+            let (now, later) = data.split_at_mut(burst(sts).min(data.len()));
+            for byte in now {
+                *byte = self.mmio.read8(page | DATA);
+            }
+            data = later;
+        }
+        Ok(())
+    }
+}
