@@ -10,5 +10,6 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod linux;
 pub mod memmap;
 pub mod service;
