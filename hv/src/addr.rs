@@ -75,6 +75,11 @@ impl PhysRange {
         self.start <= other.last && other.start <= self.last
     }
 
+    /// What the two share; `None` when nothing.
+    pub fn intersection(&self, other: &Self) -> Option<Self> {
+        Self::from_last(self.start.max(other.start), self.last.min(other.last))
+    }
+
     /// The smallest range of whole pages that holds this one.
     pub const fn page_outward(&self) -> Self {
         let mask = PAGE_SIZE.wrapping_sub(1);
@@ -110,6 +115,9 @@ mod tests {
         let a = PhysRange::new(0x1000, 0x1000).unwrap();
         let b = PhysRange::new(0x2000, 0x1000).unwrap();
         assert!(!a.overlaps(&b) && !b.overlaps(&a));
-        assert!(a.overlaps(&PhysRange::new(0x1fff, 2).unwrap()));
+        assert_eq!(a.intersection(&b), None);
+        let across = PhysRange::new(0x1fff, 2).unwrap();
+        assert!(a.overlaps(&across));
+        assert_eq!(a.intersection(&across), PhysRange::new(0x1fff, 1));
     }
 }

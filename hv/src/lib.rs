@@ -11,4 +11,5 @@ pub mod io;
 pub mod launch;
 pub mod radix;
 pub mod slrt;
+pub mod space;
 pub mod vcpu;

@@ -12,7 +12,7 @@
 
 mod format;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use core::fmt;
 

@@ -7,7 +7,7 @@ const MIB2: u64 = 1 << 21;
 const GIB: u64 = 1 << 30;
 
 /// Table pages from 16 MiB onward, as many as `left` says; anything the trait does not promise panics.
-struct Pool {
+pub(crate) struct Pool {
     pages: Vec<[u64; ENTRIES]>,
     left: usize,
 }
@@ -15,7 +15,7 @@ struct Pool {
 const POOL_BASE: u64 = 16 << 20;
 
 impl Pool {
-    fn new(left: usize) -> Self {
+    pub(crate) fn new(left: usize) -> Self {
         Self { pages: Vec::new(), left }
     }
 
