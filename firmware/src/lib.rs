@@ -13,3 +13,6 @@ pub mod config;
 pub mod linux;
 pub mod memmap;
 pub mod service;
+pub mod tables;
+#[cfg(test)]
+mod testmem;
