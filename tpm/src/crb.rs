@@ -51,20 +51,14 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         if locality != Locality::Zero && !self.localities {
             return unavailable;
         }
-        let valid = || {
-            let state = self.crb(locality, LOC_STATE);
-            state != CLOSED && state & STATE_VALID != 0
-        };
-        if self.wait(TIMEOUT_A, Wait::Valid, valid).is_err() {
+        let valid = |state| state != CLOSED && state & STATE_VALID != 0;
+        if self.wait(Wait::Valid, TIMEOUT_A, locality.page() | LOC_STATE, valid).is_err() {
             return unavailable;
         }
-        let granted = || {
-            let status = self.crb(locality, LOC_STS);
-            status != CLOSED && status & GRANTED != 0
-        };
         let ask = |how, limit| {
             self.set_crb(locality, LOC_CTRL, how);
-            self.wait(limit, Wait::Valid, granted)
+            let granted = |status| status != CLOSED && status & GRANTED != 0;
+            self.wait(Wait::Valid, limit, locality.page() | LOC_STS, granted)
         };
         if ask(LOC_REQUEST, contention.wait_us.max(TIMEOUT_A)).is_ok() {
             return Ok(());
@@ -104,7 +98,10 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
     /// Asks for a change of state, which the TPM has made once it clears the bit.
     fn crb_go(&self, locality: Locality, request: u32) -> Result<(), Error> {
         self.set_crb(locality, CTRL_REQ, request);
-        self.wait(TIMEOUT_C, Wait::Ready, || self.crb(locality, CTRL_REQ) & request == 0)?;
+        // No other request is under way, so the register is zero once this one is met.
+        self.wait(Wait::Ready, TIMEOUT_C, locality.page() | CTRL_REQ, |requests| {
+            requests & (REQ_READY | REQ_IDLE) == 0
+        })?;
         self.crb_check(locality)
     }
 
@@ -135,11 +132,12 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
             self.mmio.write8(offset, *byte);
         }
         self.set_crb(locality, CTRL_START, 1);
-        let ended = || self.crb(locality, CTRL_START) & 1 == 0;
-        if let Err(timeout) = self.wait(TIMEOUT_COMMAND, Wait::Response, ended) {
+        let ended =
+            |limit| self.wait(Wait::Response, limit, locality.page() | CTRL_START, |start| start & 1 == 0);
+        if let Err(timeout) = ended(TIMEOUT_COMMAND) {
             self.set_crb(locality, CTRL_CANCEL, 1);
             // Cancelled or not, the command has failed.
-            let _: Result<(), Error> = self.wait(TIMEOUT_B, Wait::Response, ended);
+            let _: Result<u32, Error> = ended(TIMEOUT_B);
             self.set_crb(locality, CTRL_CANCEL, 0);
             return Err(timeout);
         }

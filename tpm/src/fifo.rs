@@ -2,7 +2,7 @@
 //!
 //! Spec: \[PTP\] "FIFO Interface"; \[TIS\] "TPM Interface Specification".
 
-use hv::io::{Clock, Mmio};
+use hv::io::{Clock, Mmio, TimedOut, poll_until};
 
 use crate::error::{Error, Flow, Wait};
 use crate::transport::{
@@ -41,18 +41,28 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         access != CLOSED && access & ACCESS_ACTIVE != 0
     }
 
+    /// Polls ACCESS, the one register that is a byte wide, until `bit` is set.
+    #[inline(never)]
+    fn wait_access(&self, locality: Locality, bit: u8, limit: u64) -> Result<(), TimedOut> {
+        poll_until(&self.clock, limit, || {
+            let access = self.access(locality);
+            access != CLOSED && access & bit != 0
+        })
+    }
+
     pub(crate) fn fifo_request(&self, locality: Locality, contention: Contention) -> Result<(), Error> {
         let number = locality as u8;
         if self.access(locality) == CLOSED {
             return Err(Error::LocalityUnavailable { locality: number });
         }
-        self.wait(TIMEOUT_A, Wait::Valid, || self.access(locality) & ACCESS_VALID != 0)?;
+        self.wait_access(locality, ACCESS_VALID, TIMEOUT_A)
+            .map_err(|TimedOut| Error::Timeout(Wait::Valid))?;
         if self.active(locality) {
             return Ok(());
         }
         let ask = |how, limit| {
             self.mmio.write8(locality.page() | ACCESS, how);
-            self.wait(limit, Wait::Valid, || self.active(locality))
+            self.wait_access(locality, ACCESS_ACTIVE, limit)
         };
         if ask(ACCESS_REQUEST, contention.wait_us.max(TIMEOUT_A)).is_ok() {
             return Ok(());
@@ -82,8 +92,7 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         let result = self.fifo_ready(page).and_then(|()| {
             self.fifo_send(page, command)?;
             self.fifo_write_sts(page, STS_GO);
-            self.wait(TIMEOUT_COMMAND, Wait::Response, || {
-                let sts = self.fifo_sts(page);
+            self.wait(Wait::Response, TIMEOUT_COMMAND, page | STS, |sts| {
                 sts & STS_VALID != 0 && sts & STS_DATA != 0
             })?;
             self.fifo_receive(page, response)
@@ -93,10 +102,6 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         result
     }
 
-    fn fifo_sts(&self, page: u32) -> u32 {
-        self.mmio.read32(page | STS)
-    }
-
     /// The low byte alone: the others hold cancel and resetEstablishment.
     fn fifo_write_sts(&self, page: u32, bit: u32) {
         self.mmio.write8(page | STS, (bit & 0xff) as u8);
@@ -104,22 +109,17 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
 
     /// STS once it is valid.
     fn fifo_valid_sts(&self, page: u32) -> Result<u32, Error> {
-        let mut sts = 0;
-        self.wait(TIMEOUT_C, Wait::Status, || {
-            sts = self.fifo_sts(page);
-            sts & STS_VALID != 0
-        })?;
-        Ok(sts)
+        self.wait(Wait::Status, TIMEOUT_C, page | STS, |sts| sts & STS_VALID != 0)
     }
 
     /// Brings the TPM from any state to Ready.
     fn fifo_ready(&self, page: u32) -> Result<(), Error> {
         let attempt = || {
             self.fifo_write_sts(page, STS_READY);
-            self.wait(TIMEOUT_B, Wait::Ready, || self.fifo_sts(page) & STS_READY != 0)
+            self.wait(Wait::Ready, TIMEOUT_B, page | STS, |sts| sts & STS_READY != 0)
         };
         // A response that nobody read: the first write leads to Idle only, the second to Ready.
-        attempt().or_else(|_| attempt())
+        attempt().or_else(|_| attempt()).map(|_| ())
     }
 
     fn fifo_send(&self, page: u32, command: &[u8]) -> Result<(), Error> {
@@ -137,12 +137,8 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
 
     fn fifo_write(&self, page: u32, mut data: &[u8]) -> Result<(), Error> {
         while !data.is_empty() {
-            let mut room = 0;
-            self.wait(TIMEOUT_D, Wait::Burst, || {
-                room = burst(self.fifo_sts(page));
-                room != 0
-            })?;
-            let (now, later) = data.split_at(room.min(data.len()));
+            let sts = self.wait(Wait::Burst, TIMEOUT_D, page | STS, |sts| burst(sts) != 0)?;
+            let (now, later) = data.split_at(burst(sts).min(data.len()));
             for byte in now {
                 self.mmio.write8(page | DATA, *byte);
             }
@@ -168,9 +164,7 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
 
     fn fifo_read(&self, page: u32, mut data: &mut [u8]) -> Result<(), Error> {
         while !data.is_empty() {
-            let mut sts = 0;
-            self.wait(TIMEOUT_D, Wait::Burst, || {
-                sts = self.fifo_sts(page);
+            let sts = self.wait(Wait::Burst, TIMEOUT_D, page | STS, |sts| {
                 sts & STS_VALID != 0 && (sts & STS_DATA == 0 || burst(sts) != 0)
             })?;
             if sts & STS_DATA == 0 {

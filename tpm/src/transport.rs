@@ -157,9 +157,25 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         }
     }
 
-    /// Polls until `done` or the time limit.
-    pub(crate) fn wait(&self, limit: u64, what: Wait, done: impl FnMut() -> bool) -> Result<(), Error> {
-        poll_until(&self.clock, limit, done).map_err(|TimedOut| Error::Timeout(what))
+    /// Reads `register` until `done` says so of its value, which is returned, or the time limit. A plain
+    /// function and a plain pointer: one copy of the loop in an image, and none of it in static data.
+    #[inline(never)]
+    pub(crate) fn wait(
+        &self,
+        what: Wait,
+        limit: u64,
+        register: u32,
+        done: fn(u32) -> bool,
+    ) -> Result<u32, Error> {
+        let mut value = 0;
+        let read = || {
+            value = self.mmio.read32(register);
+            done(value)
+        };
+        match poll_until(&self.clock, limit, read) {
+            Ok(()) => Ok(value),
+            Err(TimedOut) => Err(Error::Timeout(what)),
+        }
     }
 }
 
