@@ -1,1 +1,18 @@
 //! The bench: emulated machines, the DRTM events they lack, attacks and benchmarks.
+
+pub mod channel;
+pub mod child;
+pub mod esp;
+#[cfg(test)]
+mod fake_gdb;
+pub mod gdb;
+pub mod images;
+pub mod initrd;
+pub mod machine;
+pub mod microcode;
+pub mod paths;
+pub mod qmp;
+pub mod run_dir;
+pub mod skinit;
+pub mod stage;
+pub mod swtpm;

@@ -1,0 +1,51 @@
+# Everything goes through the bench (`tests/`); these are its words. `make help` lists them.
+CARGO ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+# The first build shows its progress, later ones have nothing to show.
+BENCH = $(CARGO) run $(if $(wildcard $(TARGET_DIR)/debug/bench),--quiet) -p tests --bin bench --
+
+# As typed: make must not look for its own variables in a guest's command or a kernel's command line.
+override GUEST_CMD := $(value GUEST_CMD)
+override CMDLINE := $(value CMDLINE)
+export GUEST_CMD CMDLINE
+
+.PHONY: help setup build measure run test
+help: ## This text
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^#@ \?//p' Makefile
+
+setup: ## Install what the bench needs (every other target does it too; silent when nothing is missing)
+	@tests/setup.sh
+
+build: setup ## Build the images into build/
+	@$(BENCH) build
+
+measure: build ## Print size and SHA-256 of what a launch measures
+	@$(BENCH) measure
+
+#@
+#@ make run boots Linux under Cordon in an emulated machine and gives its console to this terminal
+#@ (Ctrl-a x ends the machine, Ctrl-d in the shell turns it off). Variables:
+#@   GUEST_CMD='...'  run this shell script as root in the guest instead, print its output and end with its
+#@                    status (make itself turns any status but 0 into 2, and names it; `bench run` does not)
+#@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
+#@   MEM=2048  SMP=1  RAM in MiB, CPUs
+#@   TPM=tis|crb      TPM interface (tis)
+#@   FIRMWARE=smm|plain  variables kept in SMM, or in the runtime driver (smm)
+#@   KERNEL= INITRD=  other files than Debian's kernel and the bench's RAM disk
+#@   CMDLINE=         words to add to the kernel command line
+#@   CONFIG=          Cordon's configuration file
+#@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error
+#@   QEMU_ARGS=       more arguments for QEMU
+#@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take
+#@   VERBOSE=1        report progress and times
+#@   TOOLCHAIN=rustup|debian  where the images' targets come from (rustup if it answers)
+#@ Logs of a run stay in build/run-*/: console.log, drtm.log (what the bench did at SKINIT), qemu.log.
+run: $(if $(filter 1,$(NATIVE)),setup,build) ## Boot Linux under Cordon; see below
+	@$(BENCH) run
+
+test: build ## Formatting, lints, host tests, then tests on whole machines
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) test --workspace
+	$(CARGO) test -p tests --test machine -- --test-threads=2

@@ -1,0 +1,137 @@
+#!/bin/sh
+# Installs what the bench needs and nothing else. Safe to repeat: each step looks first, and a run
+# with nothing to do is silent and takes a fraction of a second.
+#
+#   tests/setup.sh            everything
+#   TOOLCHAIN=rustup|debian   where `core` for the images' targets comes from (default: rustup if it answers)
+set -eu
+cd "$(dirname "$0")/.."
+mkdir -p build
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "FAILED: $*"; exit 1; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "'$*' needs root: run 'make setup' as root, or install sudo"
+    fi
+}
+
+# Runs a slow command with its output in a log; prints a dot every few seconds and the log's end on failure.
+quietly() {
+    log=$1
+    shift
+    "$@" >"$log" 2>&1 &
+    job=$!
+    waited=0
+    while kill -0 "$job" 2>/dev/null; do
+        sleep 1
+        waited=$((waited + 1))
+        [ $((waited % 5)) -ne 0 ] || printf '.' >&2
+    done
+    [ "$waited" -lt 5 ] || echo >&2
+    if ! wait "$job"; then
+        tail -n 15 "$log" >&2
+        return 1
+    fi
+}
+
+installed() { dpkg-query -W -f '${Status}\n' "$@" 2>/dev/null | grep -c '^install ok installed$'; }
+
+# install_packages WHY SECONDS PACKAGE...
+install_packages() {
+    why=$1 about=$2
+    shift 2
+    [ "$(installed "$@")" != "$#" ] || return 0
+    command -v apt-get >/dev/null || die "$why: no apt-get here; install by hand: $*"
+    say "installing $why (about $about): $*"
+    quietly build/apt.log as_root apt-get -q update || say "apt-get update failed; trying with the lists that are there"
+    quietly build/apt.log as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get -q install --yes --no-install-recommends "$@" || die "$why: apt-get install failed, see build/apt.log"
+}
+
+packages() {
+    install_packages "the emulators and disk tools" "1 minute" \
+        qemu-system-x86 ovmf swtpm swtpm-tools mtools busybox-static tpm2-tools util-linux
+}
+
+# The distribution's own kernel, unpacked and not installed: the machine's boot files stay as they are.
+kernel() {
+    [ ! -e build/kernel/vmlinuz ] || return 0
+    package=$(apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p')
+    if [ -z "$package" ]; then
+        quietly build/apt.log as_root apt-get -q update || die "guest kernel: apt-get update failed, see build/apt.log"
+        package=$(apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p')
+        [ -n "$package" ] || die "guest kernel: the package lists know no linux-image-amd64"
+    fi
+    say "fetching the guest kernel $package (70 MB, about 1 minute)"
+    rm -rf build/kernel.new
+    mkdir -p build/kernel.new/deb build/kernel.new/modules
+    download() { (cd build/kernel.new/deb && apt-get -q -o APT::Sandbox::User=root download "$package"); }
+    if ! quietly build/apt.log download; then
+        # A package list older than the archive names versions that are gone.
+        quietly build/apt.log as_root apt-get -q update || die "guest kernel: apt-get update failed, see build/apt.log"
+        quietly build/apt.log download || die "guest kernel: download of $package failed, see build/apt.log"
+    fi
+    dpkg-deb --fsys-tarfile build/kernel.new/deb/*.deb | tar -x -C build/kernel.new/deb --wildcards \
+        './boot/vmlinuz-*' './lib/modules/*/kernel/arch/x86/kernel/*' './lib/modules/*/kernel/crypto/*' \
+        './lib/modules/*/kernel/drivers/ata/*' './lib/modules/*/kernel/drivers/firmware/*' \
+        './lib/modules/*/kernel/drivers/scsi/*' './lib/modules/*/kernel/fs/efivarfs/*' \
+        './lib/modules/*/kernel/fs/fat/*' './lib/modules/*/kernel/fs/nls/*' './lib/modules/*/kernel/lib/*' ||
+        die "guest kernel: $package could not be unpacked"
+    mv build/kernel.new/deb/boot/vmlinuz-* build/kernel.new/vmlinuz
+    find build/kernel.new/deb/lib -name '*.ko' -exec mv {} build/kernel.new/modules/ \;
+    rm -rf build/kernel.new/deb build/kernel
+    mv build/kernel.new build/kernel
+}
+
+has_targets() {
+    have=$(rustup target list --installed 2>/dev/null) || return 1
+    for target in x86_64-unknown-none x86_64-unknown-uefi; do
+        echo "$have" | grep -qx "$target" || return 1
+    done
+}
+
+with_rustup() {
+    command -v rustup >/dev/null || return 1
+    has_targets && return 0
+    say "adding the Rust targets of the images with rustup (about 20 seconds; gives up after 3 minutes)"
+    quietly build/rustup.log timeout 180 rustup target add x86_64-unknown-none x86_64-unknown-uefi
+}
+
+with_debian() {
+    install_packages "Debian's Rust with the source of core" "2 minutes" rustc-web cargo-web rust-web-src lld-19
+}
+
+# Leaves the way taken in build/toolchain; the bench reads it there.
+rust() {
+    before=$(cat build/toolchain 2>/dev/null || true)
+    case "${TOOLCHAIN:-}" in
+    rustup) with_rustup || die "TOOLCHAIN=rustup: rustup is missing or could not add the targets, see build/rustup.log" && way=rustup ;;
+    debian) with_debian && way=debian ;;
+    '')
+        if [ "$before" = debian ] && [ "$(installed rustc-web cargo-web rust-web-src lld-19)" = 4 ]; then
+            way=debian
+        elif with_rustup; then
+            way=rustup
+        else
+            say "rustup can't give the targets: taking Debian's Rust instead"
+            with_debian && way=debian
+        fi
+        ;;
+    *) die "TOOLCHAIN=$TOOLCHAIN: must be rustup or debian" ;;
+    esac
+    if [ "$before" != "$way" ]; then
+        say "Rust for the images: $way"
+        echo "$way" >build/toolchain
+    fi
+    command -v cargo >/dev/null || die "no cargo in PATH: install Rust 1.95 or later with rustup, or run with TOOLCHAIN=debian"
+}
+
+packages
+kernel
+rust

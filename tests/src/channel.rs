@@ -1,0 +1,181 @@
+//! The command channel: the host's end of the guest's second serial port. `guest/init` is the other end.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+
+const READY: &[u8] = b"CORDON-BENCH READY\n";
+
+/// What a command in the guest did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Its exit status.
+    pub status: i32,
+    /// All it wrote, standard output and error as they came.
+    pub bytes: Vec<u8>,
+}
+
+impl Output {
+    /// The output as text, without white space at its end.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes).trim_end().to_owned()
+    }
+}
+
+/// The host's end.
+pub struct Channel {
+    stream: UnixStream,
+    incoming: Receiver<Vec<u8>>,
+    buffer: Vec<u8>,
+}
+
+/// What waiting found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Wait<T> {
+    /// It came.
+    Done(T),
+    /// Not yet.
+    Pending,
+    /// The machine closed the port; it will never come.
+    Closed,
+}
+
+impl Channel {
+    /// Starts reading from a connected port.
+    pub fn new(stream: UnixStream) -> Result<Self> {
+        let (sender, incoming) = channel();
+        let mut reader = stream.try_clone()?;
+        thread::spawn(move || {
+            let mut chunk = [0; 16384];
+            while let Ok(n @ 1..) = reader.read(&mut chunk) {
+                if sender.send(chunk[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { stream, incoming, buffer: Vec::new() })
+    }
+
+    /// Waits up to `time` for the guest's init. What firmware wrote to the port before is dropped.
+    pub fn ready(&mut self, time: Duration) -> Wait<()> {
+        self.wait(time, |buffer| {
+            let at = buffer.windows(READY.len()).position(|w| w == READY)?;
+            buffer.drain(..at + READY.len());
+            Some(())
+        })
+    }
+
+    /// Sends a shell script; ask for its output with [`Self::output`]. Returns the mark that ends it.
+    pub fn send_script(&mut self, script: &str) -> Result<String> {
+        // Unlikely in any output, whatever the script prints.
+        let nonce = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+        let mark = format!("CORDON-BENCH-END-{nonce:x}");
+        let header = format!("run {} {mark}\n", script.len());
+        self.stream.write_all(header.as_bytes()).context("command channel")?;
+        self.stream.write_all(script.as_bytes()).context("command channel")?;
+        Ok(mark)
+    }
+
+    /// Waits up to `time` for the end of the script with `mark`.
+    pub fn output(&mut self, mark: &str, time: Duration) -> Result<Wait<Output>> {
+        let start = format!("{mark} ").into_bytes();
+        let found = self.wait(time, |buffer| {
+            let at = buffer.windows(start.len()).position(|w| w == start)?;
+            let end = at + buffer[at..].iter().position(|&b| b == b'\n')?;
+            let bytes = buffer[..at].to_vec();
+            let trailer = String::from_utf8_lossy(&buffer[at + start.len()..end]).into_owned();
+            buffer.drain(..=end);
+            Some((bytes, trailer))
+        });
+        let (bytes, trailer) = match found {
+            Wait::Done(done) => done,
+            Wait::Pending => return Ok(Wait::Pending),
+            Wait::Closed => return Ok(Wait::Closed),
+        };
+        let mut words = trailer.split_whitespace();
+        let (Some(Ok(status)), Some(Ok(count))) =
+            (words.next().map(str::parse::<i32>), words.next().map(str::parse::<usize>))
+        else {
+            bail!("command channel: end line {trailer:?}");
+        };
+        ensure!(count == bytes.len(), "command channel: {} bytes came, the guest sent {count}", bytes.len());
+        Ok(Wait::Done(Output { status, bytes }))
+    }
+
+    /// Output that has come so far and has not been asked for.
+    pub fn pending(&self) -> &[u8] {
+        &self.buffer
+    }
+
+    /// Asks init for an interactive shell on the console.
+    pub fn shell(&mut self) -> Result<()> {
+        self.stream.write_all(b"shell\n").context("command channel")
+    }
+
+    /// Asks init to turn the machine off.
+    pub fn off(&mut self) -> Result<()> {
+        self.stream.write_all(b"off\n").context("command channel")
+    }
+
+    fn wait<T>(&mut self, time: Duration, mut find: impl FnMut(&mut Vec<u8>) -> Option<T>) -> Wait<T> {
+        let end = Instant::now() + time;
+        loop {
+            if let Some(found) = find(&mut self.buffer) {
+                return Wait::Done(found);
+            }
+            match self.incoming.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(data) => self.buffer.extend(data),
+                Err(RecvTimeoutError::Timeout) => return Wait::Pending,
+                Err(RecvTimeoutError::Disconnected) => return Wait::Closed,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    fn pair() -> (Channel, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Channel::new(ours).unwrap(), theirs)
+    }
+
+    #[test]
+    fn noise_before_ready_is_dropped() {
+        let (mut channel, mut guest) = pair();
+        guest.write_all(b"\x1b[2JBdsDxe: junk\r\nCORDON-BENCH READY\n").unwrap();
+        assert_eq!(channel.ready(SOON), Wait::Done(()));
+        assert_eq!(channel.pending(), b"");
+    }
+
+    #[test]
+    fn output_is_exact_and_carries_the_status() {
+        let (mut channel, mut guest) = pair();
+        let mark = channel.send_script("true").unwrap();
+        guest.write_all(format!("no newline{mark} 3 10\nnext").as_bytes()).unwrap();
+        let want = Output { status: 3, bytes: b"no newline".to_vec() };
+        assert_eq!(channel.output(&mark, SOON).unwrap(), Wait::Done(want));
+    }
+
+    #[test]
+    fn lost_bytes_are_noticed() {
+        let (mut channel, mut guest) = pair();
+        let mark = channel.send_script("true").unwrap();
+        guest.write_all(format!("abc{mark} 0 4\n").as_bytes()).unwrap();
+        assert!(channel.output(&mark, SOON).is_err());
+    }
+
+    #[test]
+    fn a_closed_port_is_not_waited_for() {
+        let (mut channel, guest) = pair();
+        drop(guest);
+        assert_eq!(channel.ready(SOON), Wait::Closed);
+    }
+}

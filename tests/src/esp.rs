@@ -1,0 +1,91 @@
+//! The boot disk: one EFI system partition, made with mtools and without root.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+const MIB: u64 = 1 << 20;
+
+/// A file on the partition, and where it comes from.
+pub struct Item {
+    /// Path on the partition, without the leading slash.
+    pub path: &'static str,
+    /// What is there.
+    pub source: Source,
+}
+
+/// Where a file comes from.
+pub enum Source {
+    /// A file of the host.
+    File(PathBuf),
+    /// This text.
+    Text(String),
+}
+
+/// The Boot Loader Specification entry that the loader reads.
+///
+/// Spec: Boot Loader Specification, "Type #1 Boot Loader Specification Entries"; the `cordon-` keys are ours.
+pub fn entry(cmdline: &str, with_config: bool, locality0: bool) -> String {
+    let mut text = format!(
+        "title Cordon\nlinux /vmlinuz\ninitrd /initrd.img\noptions {cmdline}\n\
+         cordon-slb /cordon/slb.bin\ncordon-mle /cordon/mle.bin\n"
+    );
+    if with_config {
+        text.push_str("cordon-config /cordon/cordon.conf\n");
+    }
+    // The emulated CPU does not report SKINIT: the bench plays it.
+    text.push_str("cordon-skinit insist\n");
+    if locality0 {
+        text.push_str("cordon-locality0 allow\n");
+    }
+    text
+}
+
+/// Makes the disk image `to` with `items` on it.
+pub fn build(to: &Path, items: &[Item]) -> Result<()> {
+    let folder = to.parent().context("a disk image without a folder")?;
+    let staging = tempfile::tempdir_in(folder)?;
+    let mut size = 34 * MIB;
+    for (index, item) in items.iter().enumerate() {
+        let host = staging.path().join(index.to_string());
+        match &item.source {
+            Source::File(path) => {
+                let path = fs::canonicalize(path).with_context(|| format!("{}", path.display()))?;
+                std::os::unix::fs::symlink(path, &host)?;
+            }
+            Source::Text(text) => fs::write(&host, text)?,
+        }
+        size += fs::metadata(&host)?.len().next_multiple_of(MIB);
+    }
+    File::create(to)?.set_len(size)?;
+    // A fixed serial number: the same files give the same image, but for their times.
+    mtools("mformat", to, &["-F", "-N", "c0d0c0d0", "::"])?;
+    let mut folders: Vec<&str> = Vec::new();
+    for item in items {
+        for (at, _) in item.path.match_indices('/') {
+            let parent = &item.path[..at];
+            if !folders.contains(&parent) {
+                mtools("mmd", to, &[&format!("::/{parent}")])?;
+                folders.push(parent);
+            }
+        }
+    }
+    for (index, item) in items.iter().enumerate() {
+        let host = staging.path().join(index.to_string());
+        mtools("mcopy", to, &[&host.to_string_lossy(), &format!("::/{}", item.path)])?;
+    }
+    Ok(())
+}
+
+fn mtools(tool: &str, image: &Path, args: &[&str]) -> Result<()> {
+    let output = Command::new(tool)
+        .arg("-i")
+        .arg(image)
+        .args(args)
+        .output()
+        .with_context(|| format!("starting {tool}"))?;
+    ensure!(output.status.success(), "{tool} {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! Builds what the machines boot: Cordon's three images, and the RAM disk.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::{initrd, paths};
+
+/// Debian's compiler has no `core` for these targets built; it has the source.
+const DEBIAN: [(&str, &str); 4] = [
+    ("RUSTC", "/usr/bin/rustc"),
+    ("RUSTC_BOOTSTRAP", "1"),
+    ("CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER", "ld.lld-19"),
+    ("CARGO_TARGET_X86_64_UNKNOWN_UEFI_LINKER", "lld-link-19"),
+];
+const DEBIAN_ARGUMENTS: [&str; 2] =
+    ["-Zbuild-std=core,alloc,compiler_builtins", "-Zbuild-std-features=compiler-builtins-mem"];
+
+/// An image: how cargo makes it, and where it goes.
+struct Image {
+    target: &'static str,
+    package: &'static str,
+    binary: &'static str,
+    output: &'static str,
+    copy: fn() -> PathBuf,
+}
+
+const IMAGES: [Image; 3] = [
+    Image { target: "x86_64-unknown-none", package: "mle", binary: "slb", output: "slb", copy: paths::slb },
+    Image { target: "x86_64-unknown-none", package: "mle", binary: "mle", output: "mle", copy: paths::mle },
+    Image {
+        target: "x86_64-unknown-uefi",
+        package: "loader",
+        binary: "loader",
+        output: "loader.efi",
+        copy: paths::loader,
+    },
+];
+
+/// Builds Cordon's images into the build folder. Quiet when nothing changed.
+pub fn build() -> Result<()> {
+    let way = fs::read_to_string(paths::build().join("toolchain"))
+        .context("no build/toolchain: run `make setup`")?;
+    let target_dir =
+        env::var_os("CARGO_TARGET_DIR").map_or_else(|| paths::root().join("target"), PathBuf::from);
+    for image in &IMAGES {
+        let mut cargo = match way.trim() {
+            "rustup" => Command::new("cargo"),
+            "debian" => {
+                let mut cargo = Command::new("/usr/bin/cargo");
+                cargo.envs(DEBIAN).args(DEBIAN_ARGUMENTS);
+                cargo
+            }
+            other => bail!("build/toolchain names {other:?}: run `make setup`"),
+        };
+        let made = target_dir.join(image.target).join("release").join(image.output);
+        if made.exists() {
+            cargo.arg("--quiet");
+        }
+        let status = cargo
+            .current_dir(paths::root())
+            .args([
+                "build",
+                "--release",
+                "--target",
+                image.target,
+                "-p",
+                image.package,
+                "--bin",
+                image.binary,
+            ])
+            .status()
+            .context("starting cargo")?;
+        ensure!(status.success(), "cargo could not build {}", image.binary);
+        initrd::write_whole(&(image.copy)(), &fs::read(&made).with_context(|| made.display().to_string())?)?;
+    }
+    Ok(())
+}
+
+/// Builds the RAM disk, if it is not there or older than the bench.
+pub fn build_initrd() -> Result<()> {
+    let to = paths::initrd();
+    let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
+    let fresh = match (changed(&to), env::current_exe().ok().and_then(|exe| changed(&exe))) {
+        (Some(made), Some(bench)) => made > bench && changed(&paths::kernel()).is_some_and(|k| made > k),
+        _ => false,
+    };
+    if fresh {
+        return Ok(());
+    }
+    initrd::build(Path::new("/usr/bin/busybox"), &paths::modules(), &to)
+}
+
+/// Prints size and SHA-256 of what a launch measures.
+pub fn measure() -> Result<()> {
+    for (name, path) in [("SLB", paths::slb()), ("MLE", paths::mle())] {
+        let bytes = fs::read(&path).with_context(|| path.display().to_string())?;
+        // The CPU measures the length that the header states.
+        let measured = match name {
+            "SLB" => bytes.get(2..4).map_or(0, |l| usize::from(u16::from_le_bytes([l[0], l[1]]))),
+            _ => bytes.len(),
+        };
+        let measured =
+            bytes.get(..measured).with_context(|| format!("{name}: shorter than its header says"))?;
+        println!("{name}  {:>8} bytes  sha256 {}", measured.len(), hex::encode(Sha256::digest(measured)));
+    }
+    Ok(())
+}

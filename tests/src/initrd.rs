@@ -1,0 +1,147 @@
+//! The guest's initial RAM disk: a static busybox, an init, a few kernel modules. The same inputs give
+//! the same bytes.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use cpio::newc::{Builder, ModeFileType, trailer};
+use flate2::{Compression, GzBuilder};
+
+/// What init loads, in this order, each after what it depends on: EFI variables, then the disk and its file system.
+const MODULES: [&str; 7] = ["efivarfs", "ahci", "sd_mod", "vfat", "nls_cp437", "nls_ascii", "msr"];
+const INIT: &[u8] = include_bytes!("../guest/init");
+
+/// Writes the RAM disk to `to`, with busybox from `busybox` and modules from the folder `modules`.
+pub fn build(busybox: &Path, modules: &Path, to: &Path) -> Result<()> {
+    let order = load_order(modules)?;
+    let mut archive = Archive::default();
+    for folder in ["bin", "lib", "lib/modules"] {
+        archive.add(folder, ModeFileType::Directory, 0o755, &[])?;
+    }
+    archive.add("init", ModeFileType::Regular, 0o755, INIT)?;
+    let busybox =
+        fs::read(busybox).with_context(|| format!("{}: is busybox-static installed?", busybox.display()))?;
+    archive.add("bin/busybox", ModeFileType::Regular, 0o755, &busybox)?;
+    let mut list = String::new();
+    for module in &order {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        list.push_str(&format!("{name}\n"));
+        archive.add(&format!("lib/modules/{name}"), ModeFileType::Regular, 0o644, &fs::read(module)?)?;
+    }
+    archive.add("lib/modules/order", ModeFileType::Regular, 0o644, list.as_bytes())?;
+    let plain = trailer(archive.bytes)?;
+    let mut packed = GzBuilder::new().mtime(0).write(Vec::new(), Compression::fast());
+    packed.write_all(&plain)?;
+    write_whole(to, &packed.finish()?)
+}
+
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    inode: u32,
+}
+
+impl Archive {
+    fn add(&mut self, name: &str, kind: ModeFileType, mode: u32, data: &[u8]) -> Result<()> {
+        self.inode += 1;
+        let size = u32::try_from(data.len()).context("a file of 4 GiB in the RAM disk")?;
+        let mut entry = Builder::new(name)
+            .ino(self.inode)
+            .mode(mode)
+            .set_mode_file_type(kind)
+            .write(std::mem::take(&mut self.bytes), size);
+        entry.write_all(data)?;
+        self.bytes = entry.finish()?;
+        Ok(())
+    }
+}
+
+/// The files of [`MODULES`] and of all they depend on. A module that the kernel has built in has no file.
+fn load_order(modules: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(modules).with_context(|| modules.display().to_string())? {
+        let path = entry?.path();
+        if let Some(stem) = path.file_stem() {
+            files.insert(stem.to_string_lossy().replace('-', "_"), path.clone());
+        }
+    }
+    let mut order = Vec::new();
+    for module in MODULES {
+        add_with_dependencies(module, &files, &mut order)?;
+    }
+    Ok(order)
+}
+
+fn add_with_dependencies(
+    module: &str,
+    files: &BTreeMap<String, PathBuf>,
+    order: &mut Vec<PathBuf>,
+) -> Result<()> {
+    let Some(path) = files.get(&module.replace('-', "_")) else { return Ok(()) };
+    if order.contains(path) {
+        return Ok(());
+    }
+    for dependency in dependencies(&fs::read(path)?) {
+        add_with_dependencies(&dependency, files, order)?;
+    }
+    order.push(path.clone());
+    Ok(())
+}
+
+/// The names in a module's `depends=` record, which its `.modinfo` section holds as a C string.
+fn dependencies(module: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"\0depends=";
+    let Some(at) = module.windows(KEY.len()).position(|w| w == KEY) else { return Vec::new() };
+    let value = module[at + KEY.len()..].split(|&b| b == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(value).split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect()
+}
+
+/// Replaces a file in one step, so that nobody ever reads half of it.
+pub(crate) fn write_whole(to: &Path, data: &[u8]) -> Result<()> {
+    let folder = to.parent().context("a file without a folder")?;
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(data)?;
+    file.persist(to).with_context(|| to.display().to_string())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn module(dir: &Path, name: &str, depends: &str) {
+        fs::write(dir.join(format!("{name}.ko")), format!("ELF\0license=GPL\0depends={depends}\0x=1\0"))
+            .unwrap();
+    }
+
+    #[test]
+    fn modules_come_after_what_they_need_and_only_once() {
+        let dir = tempfile::tempdir().unwrap();
+        module(dir.path(), "ahci", "libahci,libata");
+        module(dir.path(), "libahci", "libata");
+        module(dir.path(), "libata", "scsi_mod");
+        module(dir.path(), "scsi_mod", "");
+        module(dir.path(), "sd_mod", "scsi_mod,t10-pi");
+        module(dir.path(), "t10-pi", "");
+        let names: Vec<_> = load_order(dir.path())
+            .unwrap()
+            .iter()
+            .map(|p| p.file_stem().unwrap().to_string_lossy().into_owned())
+            .collect();
+        assert_eq!(names, ["scsi_mod", "libata", "libahci", "ahci", "t10-pi", "sd_mod"]);
+    }
+
+    #[test]
+    fn the_same_inputs_give_the_same_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        module(dir.path(), "efivarfs", "");
+        let (busybox, a, b) = (dir.path().join("busybox"), dir.path().join("a"), dir.path().join("b"));
+        fs::write(&busybox, "box").unwrap();
+        build(&busybox, dir.path(), &a).unwrap();
+        build(&busybox, dir.path(), &b).unwrap();
+        assert_eq!(fs::read(a).unwrap(), fs::read(b).unwrap());
+    }
+}

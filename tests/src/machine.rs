@@ -1,0 +1,340 @@
+//! One emulated machine: its parts, its start, its commands, its end.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+
+use crate::channel::{Channel, Output, Wait};
+use crate::child::{self, Guarded};
+use crate::esp::{self, Item, Source};
+use crate::paths;
+use crate::qmp::Qmp;
+use crate::run_dir::RunDir;
+use crate::skinit::{Fault, Player};
+use crate::stage::{self, Stage};
+use crate::swtpm::Swtpm;
+
+/// How the firmware keeps its variables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Firmware {
+    /// In SMM, behind SMRAM lock and secure flash.
+    Smm,
+    /// In the runtime driver itself.
+    Plain,
+}
+
+/// The TPM's interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Tpm {
+    /// FIFO, with localities 0 to 4.
+    Tis,
+    /// Command buffer, locality 0 only.
+    Crb,
+}
+
+/// What boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// Loader, SKINIT, SLB stage, MLE, Linux.
+    Cordon,
+    /// The firmware starts the kernel's own EFI stub.
+    Native,
+}
+
+/// Where the first serial port, Linux's console, leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Console {
+    /// To the run's `console.log`.
+    Log,
+    /// To this terminal, and to the log.
+    Terminal,
+}
+
+/// All that distinguishes one machine from another.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// What boots.
+    pub boot: Boot,
+    /// RAM in MiB.
+    pub memory: u32,
+    /// CPUs.
+    pub cpus: u32,
+    /// Firmware build.
+    pub firmware: Firmware,
+    /// TPM interface.
+    pub tpm: Tpm,
+    /// Kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: PathBuf,
+    /// Words after the bench's own on the kernel command line.
+    pub cmdline: String,
+    /// Cordon's configuration file.
+    pub config: Option<PathBuf>,
+    /// Where the console leads.
+    pub console: Console,
+    /// What the machine's CPU does wrong at SKINIT.
+    pub fault: Option<Fault>,
+    /// Whether a guest's reset restarts the machine instead of ending it.
+    pub reboot: bool,
+    /// More arguments for QEMU.
+    pub qemu_args: Vec<String>,
+    /// Longest time to the guest's init, and longest time of one command.
+    pub timeout: Duration,
+}
+
+impl Default for Spec {
+    fn default() -> Self {
+        Self {
+            boot: Boot::Cordon,
+            memory: 2048,
+            cpus: 1,
+            firmware: Firmware::Smm,
+            tpm: Tpm::Tis,
+            kernel: paths::kernel(),
+            initrd: paths::initrd(),
+            cmdline: String::new(),
+            config: None,
+            console: Console::Log,
+            fault: None,
+            reboot: false,
+            qemu_args: Vec::new(),
+            timeout: Duration::from_secs(240),
+        }
+    }
+}
+
+impl Spec {
+    /// The whole kernel command line.
+    pub fn full_cmdline(&self) -> String {
+        format!("console=ttyS0 {}", self.cmdline).trim_end().to_owned()
+    }
+
+    fn disk(&self) -> Vec<Item> {
+        let file = |path, source| Item { path, source: Source::File(source) };
+        let mut items = vec![file("vmlinuz", self.kernel.clone()), file("initrd.img", self.initrd.clone())];
+        if self.boot == Boot::Cordon {
+            let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), self.tpm == Tpm::Crb);
+            items.push(Item { path: "loader/entries/cordon.conf", source: Source::Text(entry) });
+            items.push(file("EFI/BOOT/BOOTX64.EFI", paths::loader()));
+            items.push(file("cordon/slb.bin", paths::slb()));
+            items.push(file("cordon/mle.bin", paths::mle()));
+            items.extend(self.config.iter().map(|path| file("cordon/cordon.conf", path.clone())));
+        }
+        items
+    }
+
+    fn qemu_arguments(&self) -> Vec<String> {
+        let (smm, code) = match self.firmware {
+            Firmware::Smm => ("on", "OVMF_CODE_4M.secboot.fd"),
+            Firmware::Plain => ("off", "OVMF_CODE_4M.fd"),
+        };
+        let model = match self.tpm {
+            Tpm::Tis => "tpm-tis",
+            Tpm::Crb => "tpm-crb",
+        };
+        let (memory, cpus) = (self.memory, self.cpus);
+        let mut text = format!(
+            "-name cordon-bench -nodefaults -display none
+             -machine q35,smm={smm} -accel tcg,thread=multi -cpu EPYC,+svm,+npt -smp {cpus} -m {memory}
+             -drive if=pflash,unit=0,format=raw,readonly=on,file=/usr/share/OVMF/{code}
+             -drive if=pflash,unit=1,format=raw,file=vars.fd
+             -global driver=cfi.pflash01,property=secure,value={smm}
+             -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm0,chardev=tpm
+             -device {model},tpmdev=tpm0
+             -device amd-iommu,intremap=on
+             -drive if=none,id=esp,format=raw,file=esp.img -device ide-hd,drive=esp,bus=ide.0,bootindex=1
+             -serial chardev:console
+             -chardev socket,id=channel,path=channel.sock,server=on,wait=off -serial chardev:channel
+             -qmp unix:qmp.sock,server=on,wait=off
+             -S -gdb unix:gdb.sock,server=on,wait=off "
+        );
+        text.push_str(match self.console {
+            Console::Log => "-chardev file,id=console,path=console.log ",
+            Console::Terminal => {
+                "-chardev stdio,id=console,mux=on,signal=off,logfile=console.log -mon chardev=console "
+            }
+        });
+        if !self.reboot {
+            text.push_str("-action reboot=shutdown ");
+        }
+        let mut arguments: Vec<_> = text.split_whitespace().map(str::to_owned).collect();
+        if self.boot == Boot::Native {
+            arguments.push("-kernel".to_owned());
+            arguments.push(paths::absolute(&self.kernel));
+            arguments.push("-initrd".to_owned());
+            arguments.push(paths::absolute(&self.initrd));
+            arguments.push("-append".to_owned());
+            arguments.push(self.full_cmdline());
+        }
+        arguments.extend(self.qemu_args.iter().cloned());
+        arguments
+    }
+}
+
+/// A machine that runs. Dropping it ends it.
+pub struct Machine {
+    qemu: Guarded,
+    tpm: Swtpm,
+    qmp: Qmp,
+    channel: Channel,
+    player: Option<Player>,
+    dir: RunDir,
+    started: Instant,
+    timeout: Duration,
+    ready: bool,
+}
+
+impl Machine {
+    /// Puts the machine together and turns it on.
+    pub fn start(spec: &Spec) -> Result<Self> {
+        let dir = RunDir::create(&paths::build())?;
+        let variables = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+        fs::copy(variables, dir.file("vars.fd"))
+            .with_context(|| format!("{variables}: is ovmf installed?"))?;
+        esp::build(&dir.file("esp.img"), &spec.disk())?;
+        let tpm = Swtpm::start(&dir)?;
+        let mut command = child::command("qemu-system-x86_64");
+        command.current_dir(dir.path()).args(spec.qemu_arguments());
+        if spec.console == Console::Log {
+            command.stdin(Stdio::null()).stdout(Stdio::null());
+        }
+        let mut qemu = Guarded::spawn("qemu-system-x86_64", command, &dir.file("qemu.log"))?;
+        let mut connect = |name: &str| {
+            dir.connect(name).map_err(|e| match qemu.ended() {
+                Ok(Some(status)) => e.context(format!(
+                    "QEMU did not start ({status}): {}",
+                    fs::read_to_string(dir.file("qemu.log")).unwrap_or_default().trim()
+                )),
+                _ => e,
+            })
+        };
+        let channel = Channel::new(connect("channel.sock")?)?;
+        let mut qmp = Qmp::new(connect("qmp.sock")?)?;
+        let player = match spec.boot {
+            Boot::Cordon => {
+                Some(Player::start(connect("gdb.sock")?, tpm.control(), spec.fault, dir.file("drtm.log"))?)
+            }
+            Boot::Native => {
+                qmp.execute("cont")?;
+                None
+            }
+        };
+        let (started, timeout) = (Instant::now(), spec.timeout);
+        Ok(Self { qemu, tpm, qmp, channel, player, dir, started, timeout, ready: false })
+    }
+
+    /// The run's folder.
+    pub fn dir(&self) -> &RunDir {
+        &self.dir
+    }
+
+    /// Time since the machine was turned on.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// The player of the DRTM event, on a machine that boots Cordon.
+    pub fn player(&self) -> Option<&Player> {
+        self.player.as_ref()
+    }
+
+    /// How far the machine has come.
+    pub fn stage(&self) -> Stage {
+        if self.ready {
+            return Stage::Init;
+        }
+        let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
+        let played = self.player.as_ref().map_or(Stage::Off, Player::stage);
+        stage::from_console(&console).max(played)
+    }
+
+    /// Waits until the guest's init takes commands.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        if self.ready {
+            return Ok(());
+        }
+        let end = Instant::now() + self.timeout;
+        loop {
+            match self.channel.ready(Duration::from_millis(100)) {
+                Wait::Done(()) => {
+                    self.ready = true;
+                    return Ok(());
+                }
+                wait => self.check_alive("the guest's init", &wait, end)?,
+            }
+        }
+    }
+
+    /// Runs a shell script as root in the guest.
+    pub fn run(&mut self, script: &str) -> Result<Output> {
+        self.wait_ready()?;
+        let mark = self.channel.send_script(script)?;
+        let end = Instant::now() + self.timeout;
+        loop {
+            match self.channel.output(&mark, Duration::from_millis(100))? {
+                Wait::Done(output) => return Ok(output),
+                wait => self.check_alive("the command's end", &wait, end)?,
+            }
+        }
+    }
+
+    /// Runs a shell script that must succeed, and gives its output as text.
+    pub fn check(&mut self, script: &str) -> Result<String> {
+        let output = self.run(script)?;
+        ensure!(output.status == 0, "`{script}` ended with {}: {}", output.status, output.text());
+        Ok(output.text())
+    }
+
+    /// Output of a command that has not ended.
+    pub fn partial_output(&self) -> &[u8] {
+        if self.ready { self.channel.pending() } else { &[] }
+    }
+
+    fn check_alive<T>(&mut self, what: &str, wait: &Wait<T>, end: Instant) -> Result<()> {
+        if matches!(wait, Wait::Closed) || self.qemu.ended()?.is_some() {
+            let status = self.qemu.wait(Duration::from_secs(5))?;
+            let status = status.map_or_else(|| "still running".to_owned(), |s| s.to_string());
+            let reason = self.qmp.last_end().unwrap_or_else(|| format!("QEMU: {status}"));
+            bail!("the machine ended ({reason}) before {what}");
+        }
+        if let Some(failure) = self.player.as_ref().and_then(Player::failure) {
+            bail!("the DRTM event could not be played: {failure}");
+        }
+        if Instant::now() > end {
+            bail!("no sign of {what} within {} s", self.timeout.as_secs());
+        }
+        Ok(())
+    }
+
+    /// Gives the console to the user and waits for the machine to turn itself off.
+    pub fn interact(mut self) -> Result<()> {
+        self.wait_ready()?;
+        self.channel.shell()?;
+        while self.qemu.ended()?.is_none() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        self.tpm.stop()
+    }
+
+    /// Has the guest turn the machine off, and waits for that.
+    pub fn power_off(mut self) -> Result<()> {
+        self.channel.off()?;
+        let ended = self.qemu.wait(Duration::from_secs(60))?;
+        ensure!(ended.is_some(), "the guest did not turn the machine off within 60 s");
+        let reason = self.qmp.last_end().unwrap_or_default();
+        ensure!(reason == "guest-shutdown", "the machine ended by {reason:?} instead of turning itself off");
+        // Large, and easy to make again.
+        fs::remove_file(self.dir.file("esp.img"))?;
+        self.tpm.stop()
+    }
+
+    /// Says what the run reached and shows the console's end: for the report of a failure.
+    pub fn diagnosis(&self) -> String {
+        stage::diagnosis(self.stage(), &self.dir)
+    }
+}

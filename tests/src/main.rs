@@ -1,0 +1,145 @@
+//! `bench`: what the Makefile's targets call.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use tests::machine::{Boot, Console, Firmware, Machine, Spec, Tpm};
+use tests::skinit::Fault;
+use tests::{images, paths};
+
+#[derive(Parser)]
+#[command(about = "Builds Cordon's images and runs them in emulated machines")]
+struct Cli {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Build the images.
+    Build,
+    /// Print what a launch measures.
+    Measure,
+    /// Run a machine: a command in its guest, or a shell on its console.
+    Run(Box<Run>),
+}
+
+#[derive(Args)]
+struct Run {
+    /// Shell script to run as root in the guest; its output and exit status become the bench's.
+    #[arg(long, env = "GUEST_CMD", hide_env_values = true)]
+    guest_cmd: Option<String>,
+    /// RAM, MiB.
+    #[arg(long, env = "MEM", default_value_t = 2048)]
+    memory: u32,
+    /// CPUs.
+    #[arg(long, env = "SMP", default_value_t = 1)]
+    cpus: u32,
+    /// TPM interface.
+    #[arg(long, env = "TPM", value_enum, default_value_t = Tpm::Tis)]
+    tpm: Tpm,
+    /// Firmware build.
+    #[arg(long, env = "FIRMWARE", value_enum, default_value_t = Firmware::Smm)]
+    firmware: Firmware,
+    /// Another kernel than Debian's.
+    #[arg(long, env = "KERNEL")]
+    kernel: Option<PathBuf>,
+    /// Another initial RAM disk than the bench's.
+    #[arg(long, env = "INITRD")]
+    initrd: Option<PathBuf>,
+    /// Words to add to the kernel command line.
+    #[arg(long, env = "CMDLINE", default_value = "", allow_hyphen_values = true)]
+    cmdline: String,
+    /// Configuration file of Cordon.
+    #[arg(long, env = "CONFIG")]
+    config: Option<PathBuf>,
+    /// Boot the same machine without Cordon (1) or with it (0).
+    #[arg(long, env = "NATIVE", value_parser = clap::value_parser!(u8).range(0..=1), default_value_t = 0)]
+    native: u8,
+    /// A CPU, TPM or loader that misbehaves at SKINIT.
+    #[arg(long, env = "FAULT", value_enum)]
+    fault: Option<Fault>,
+    /// More arguments for QEMU, separated by spaces.
+    #[arg(long, env = "QEMU_ARGS", default_value = "", allow_hyphen_values = true)]
+    qemu_args: String,
+    /// Seconds until the guest must take commands, and that a command may take.
+    #[arg(long, env = "TIMEOUT", default_value_t = 240)]
+    timeout: u64,
+    /// Report progress and times.
+    #[arg(long, env = "VERBOSE", value_parser = clap::value_parser!(u8).range(0..=1), default_value_t = 0)]
+    verbose: u8,
+}
+
+impl Run {
+    fn spec(&self) -> Spec {
+        let command = self.command();
+        Spec {
+            boot: if self.native == 1 { Boot::Native } else { Boot::Cordon },
+            memory: self.memory,
+            cpus: self.cpus,
+            firmware: self.firmware,
+            tpm: self.tpm,
+            kernel: self.kernel.clone().unwrap_or_else(paths::kernel),
+            initrd: self.initrd.clone().unwrap_or_else(paths::initrd),
+            cmdline: self.cmdline.clone(),
+            config: self.config.clone(),
+            console: if command.is_some() { Console::Log } else { Console::Terminal },
+            fault: self.fault,
+            reboot: false,
+            qemu_args: self.qemu_args.split_whitespace().map(str::to_owned).collect(),
+            timeout: Duration::from_secs(self.timeout),
+        }
+    }
+
+    /// An empty variable of the Makefile is no command.
+    fn command(&self) -> Option<&str> {
+        self.guest_cmd.as_deref().filter(|c| !c.is_empty())
+    }
+
+    fn run(&self) -> Result<ExitCode> {
+        images::build_initrd()?;
+        let mut machine = Machine::start(&self.spec())?;
+        let result = match self.command() {
+            None => return machine.interact().map(|()| ExitCode::SUCCESS),
+            Some(command) => machine.wait_ready().and_then(|()| {
+                if self.verbose == 1 {
+                    eprintln!("bench: guest ready after {:.1} s", machine.uptime().as_secs_f64());
+                }
+                machine.run(command)
+            }),
+        };
+        let output = match result {
+            Ok(output) => output,
+            Err(error) => {
+                std::io::stdout().write_all(machine.partial_output())?;
+                return Err(error.context(machine.diagnosis()));
+            }
+        };
+        let mut stdout = std::io::stdout().lock();
+        stdout
+            .write_all(&output.bytes)
+            .and_then(|()| stdout.flush())
+            .context("writing the guest's output")?;
+        machine.power_off()?;
+        Ok(ExitCode::from(u8::try_from(output.status).unwrap_or(u8::MAX)))
+    }
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Action::Build => images::build().map(|()| ExitCode::SUCCESS),
+        Action::Measure => images::measure().map(|()| ExitCode::SUCCESS),
+        Action::Run(run) => run.run(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("bench: {:#}", error.root_cause());
+        for context in error.chain().take(error.chain().count().saturating_sub(1)) {
+            eprintln!("{context}");
+        }
+        ExitCode::from(125)
+    })
+}

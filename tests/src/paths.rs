@@ -1,0 +1,48 @@
+//! Where things are in the source tree.
+
+use std::path::{Path, PathBuf};
+
+/// The source tree.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// All that the bench makes.
+pub fn build() -> PathBuf {
+    root().join("build")
+}
+
+/// The distribution's kernel.
+pub fn kernel() -> PathBuf {
+    build().join("kernel/vmlinuz")
+}
+
+/// The distribution's kernel modules.
+pub fn modules() -> PathBuf {
+    build().join("kernel/modules")
+}
+
+/// The bench's RAM disk.
+pub fn initrd() -> PathBuf {
+    build().join("initrd.img")
+}
+
+/// The loader, a UEFI application.
+pub fn loader() -> PathBuf {
+    build().join("loader.efi")
+}
+
+/// The secure loader block.
+pub fn slb() -> PathBuf {
+    build().join("slb.bin")
+}
+
+/// The MLE image.
+pub fn mle() -> PathBuf {
+    build().join("mle.bin")
+}
+
+/// A path that is good in any working folder.
+pub fn absolute(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).to_string_lossy().into_owned()
+}

@@ -1,0 +1,327 @@
+//! SKINIT, played by the bench: no emulator implements it.
+//!
+//! The player learns where SKINIT will be from write breakpoints on all pages where the loader may put its
+//! launch page (they cost nothing; execution breakpoints on all of them make the firmware five times
+//! slower), and sets an execution breakpoint on the instruction itself. There it does what the CPU does.
+//!
+//! Spec: \[APM2\] "Secure Startup with SKINIT".
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use hv::launch::{SLB_SIZE, SLB_SLRT_POINTER_OFFSET};
+use hv::slrt::{self, DlInfo, Slrt};
+use sha2::{Digest, Sha256};
+
+use crate::gdb::{Break, Gdb, Stop};
+use crate::microcode;
+use crate::stage::Stage;
+use crate::swtpm::Control;
+
+const SKINIT: [u8; 3] = [0x0f, 0x01, 0xde];
+/// Where in its launch page the loader has SKINIT.
+const SKINIT_OFFSET: u64 = 0xf0;
+/// Where in the launch page the microcode is put, for as long as it runs.
+const MICROCODE_OFFSET: u64 = 0x100;
+/// Pages that a launch page may start on: below the extended BIOS data area, not page 0.
+const CANDIDATES: std::ops::Range<u64> = 1..0x9f;
+const PAGE: u64 = 0x1000;
+/// What RIP, CS and CR0 hold on a CPU that INIT has reset and no SIPI has started.
+const INIT_STATE: [(&str, u64); 3] = [("rip", 0xfff0), ("cs", 0xf000), ("cr0", 0x6000_0010)];
+
+/// A CPU, a TPM or a loader that does not do what it should.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Fault {
+    /// The loader halved the length in the SLB's header: half of the image is not measured.
+    SlbLength,
+    /// The loader passes an address inside the SLB's 64 KiB; the CPU rounds it down.
+    SlbUnaligned,
+    /// A device changed a byte of the SLB after it was hashed.
+    SlbChanged,
+    /// The TPM took no part in the event.
+    TpmError,
+}
+
+/// A DRTM event that took place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Base of the secure loader block.
+    pub base: u64,
+    /// The measured bytes.
+    pub image: Vec<u8>,
+    /// Why the TPM did not measure them, if it did not.
+    pub refused: Option<String>,
+    /// At the MLE's first instruction: whether the measured bytes were still the same.
+    pub intact: Option<bool>,
+}
+
+impl Launch {
+    /// SHA-256 of the measured bytes.
+    pub fn digest(&self) -> [u8; 32] {
+        Sha256::digest(&self.image).into()
+    }
+
+    /// What the event leaves in PCR 17 of the SHA-256 bank: that digest extended into zero.
+    pub fn pcr17(&self) -> [u8; 32] {
+        Sha256::new().chain_update([0; 32]).chain_update(self.digest()).finalize().into()
+    }
+}
+
+#[derive(Default)]
+struct State {
+    stage: Option<Stage>,
+    launch: Option<Launch>,
+    failure: Option<String>,
+}
+
+/// Plays the CPU's part, in a thread of its own, until the MLE runs.
+pub struct Player {
+    state: Arc<Mutex<State>>,
+}
+
+impl Player {
+    /// Takes a gdb connection to a machine that has not started, starts it, and waits for SKINIT.
+    pub fn start(stream: UnixStream, tpm: Control, fault: Option<Fault>, log: PathBuf) -> Result<Self> {
+        let state = Arc::new(Mutex::new(State::default()));
+        let log = File::create(&log).with_context(|| log.display().to_string())?;
+        let mut part = Part { gdb: Gdb::new(stream)?, tpm, fault, log, since: Instant::now(), state };
+        part.watch()?;
+        let player = Self { state: Arc::clone(&part.state) };
+        thread::spawn(move || {
+            let shared = Arc::clone(&part.state);
+            if let Err(error) = part.play() {
+                lock(&shared).failure = Some(format!("{error:#}"));
+            }
+        });
+        Ok(player)
+    }
+
+    /// How far the launch has come.
+    pub fn stage(&self) -> Stage {
+        lock(&self.state).stage.unwrap_or(Stage::Off)
+    }
+
+    /// The event, once it took place.
+    pub fn launch(&self) -> Option<Launch> {
+        lock(&self.state).launch.clone()
+    }
+
+    /// Why the event could not be played.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.state).failure.clone()
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Part {
+    gdb: Gdb,
+    tpm: Control,
+    fault: Option<Fault>,
+    log: File,
+    since: Instant,
+    state: Arc<Mutex<State>>,
+}
+
+impl Part {
+    fn say(&mut self, text: &str) {
+        // The log is a convenience; a full disk must not change the machine's course.
+        let _ = writeln!(self.log, "{:7.2} s  {text}", self.since.elapsed().as_secs_f64());
+    }
+
+    fn watch(&mut self) -> Result<()> {
+        CANDIDATES.into_iter().try_for_each(|page| self.gdb.insert(Break::Write(page * PAGE + SKINIT_OFFSET)))
+    }
+
+    /// From the machine's start to the MLE's.
+    fn play(mut self) -> Result<()> {
+        let Some((cpu, at)) = self.wait_for_skinit()? else { return Ok(()) };
+        let launch = self.measure(&cpu, at)?;
+        self.enter(at, &launch)?;
+        for page in CANDIDATES {
+            self.gdb.remove(Break::Write(page * PAGE + SKINIT_OFFSET))?;
+        }
+        self.gdb.remove(Break::Execute(at))?;
+        let mle = self.mle_entry(launch.base);
+        self.note(Stage::Slb, launch);
+        match mle {
+            Ok(entry) => self.follow_to_mle(entry),
+            Err(error) => {
+                self.say(&format!("not following to the MLE: {error:#}"));
+                self.gdb.detach()
+            }
+        }
+    }
+
+    /// Runs the machine until a CPU is about to execute SKINIT; gives that CPU and the instruction's address.
+    fn wait_for_skinit(&mut self) -> Result<Option<(String, u64)>> {
+        loop {
+            self.gdb.resume()?;
+            let Stop::Thread { name, written } = self.gdb.wait()? else { return Ok(None) };
+            self.gdb.select(&name)?;
+            if let Some(at) = written {
+                if self.gdb.read(at, SKINIT.len())? == SKINIT {
+                    self.say(&format!("SKINIT written to {at:#x}"));
+                    self.gdb.insert(Break::Execute(at))?;
+                }
+                continue;
+            }
+            let at = self.gdb.register("rip")?;
+            if self.gdb.read(at, SKINIT.len())? == SKINIT {
+                return Ok(Some((name, at)));
+            }
+            // Other code runs where SKINIT was once written.
+            self.gdb.step(&name)?;
+        }
+    }
+
+    /// The event as the TPM sees it.
+    fn measure(&mut self, cpu: &str, at: u64) -> Result<Launch> {
+        ensure!(self.gdb.register("cr0")? & 1 == 1, "SKINIT at {at:#x} in real mode");
+        ensure!(self.gdb.register("cs")? & 3 == 0, "SKINIT at {at:#x} in user mode: #GP");
+        let mut rax = self.gdb.register("rax")?;
+        if self.fault == Some(Fault::SlbUnaligned) {
+            rax |= 0x1234;
+        }
+        let base = rax & 0xffff_0000;
+        self.say(&format!("SKINIT at {at:#x} on CPU {cpu}, EAX {rax:#x}, SLB at {base:#x}"));
+        if self.fault == Some(Fault::SlbLength) {
+            let [_, length] = self.header(base)?;
+            self.gdb.write(base + 2, &(length / 2).to_le_bytes())?;
+        }
+        let [_, length] = self.header(base)?;
+        let image = self.gdb.read(base, length.into())?;
+        let refused = match self.busy_cpu(cpu)? {
+            Some(busy) => Some(format!("CPU {busy} is not in INIT state")),
+            None if self.fault == Some(Fault::TpmError) => Some("the bench's TPM fault".to_owned()),
+            None => {
+                self.tpm.drtm_hash(&image)?;
+                None
+            }
+        };
+        if self.fault == Some(Fault::SlbChanged) {
+            // The header's reserved word: the SLB runs as before, so only a look at the bytes tells.
+            self.gdb.write(base + 12, &[0xff])?;
+        }
+        let launch = Launch { base, image, refused, intact: None };
+        match &launch.refused {
+            None => {
+                let (digest, pcr) = (hex::encode(launch.digest()), hex::encode(launch.pcr17()));
+                self.say(&format!("measured {length} bytes, SHA-256 {digest}; PCR 17 {pcr}"));
+            }
+            Some(why) => self.say(&format!("nothing measured: {why}")),
+        }
+        self.note(Stage::Skinit, launch.clone());
+        Ok(launch)
+    }
+
+    fn header(&mut self, base: u64) -> Result<[u16; 2]> {
+        let bytes = self.gdb.read(base, 4)?;
+        Ok([u16::from_le_bytes([bytes[0], bytes[1]]), u16::from_le_bytes([bytes[2], bytes[3]])])
+    }
+
+    /// A CPU, other than the one that launches, that would not take part in the handshake; also when the
+    /// one that launches is not the boot processor.
+    fn busy_cpu(&mut self, launching: &str) -> Result<Option<String>> {
+        let mut busy = None;
+        for (index, other) in self.gdb.threads()?.into_iter().enumerate() {
+            if other == launching {
+                if index != 0 {
+                    busy = Some(format!("{other}, which launches but is not the boot processor,"));
+                }
+                continue;
+            }
+            self.gdb.select(&other)?;
+            for (register, value) in INIT_STATE {
+                if self.gdb.register(register)? != value {
+                    busy = Some(other.clone());
+                }
+            }
+        }
+        self.gdb.select(launching)?;
+        Ok(busy)
+    }
+
+    /// Brings the CPU into the state of an SLB's first instruction.
+    fn enter(&mut self, skinit: u64, launch: &Launch) -> Result<()> {
+        let [entry, _] = self.header(launch.base)?;
+        let place = skinit - SKINIT_OFFSET + MICROCODE_OFFSET;
+        let (code, end) = microcode::assemble(place)?;
+        let saved = self.gdb.read(place, code.len())?;
+        self.gdb.write(place, &code)?;
+        self.gdb.set_register("rsp", place)?;
+        self.gdb.set_register("rip", place + microcode::ENTRY)?;
+        self.gdb.insert(Break::Execute(place + end))?;
+        self.gdb.resume()?;
+        ensure!(self.gdb.wait()? != Stop::Exited, "the machine ended in the bench's microcode");
+        let stopped = self.gdb.register("rip")?;
+        ensure!(stopped == place + end, "the bench's microcode at {place:#x} stopped at {stopped:#x}");
+        self.gdb.remove(Break::Execute(place + end))?;
+        self.gdb.write(place, &saved)?;
+        let signature = self.gdb.register("rsi")?;
+        let registers = [
+            ("rax", launch.base),
+            ("rbx", 0),
+            ("rcx", 0),
+            ("rdx", signature),
+            ("rsi", 0),
+            ("rdi", 0),
+            ("rbp", 0),
+            ("rsp", launch.base + SLB_SIZE),
+            ("eflags", 2),
+            ("rip", launch.base + u64::from(entry)),
+        ];
+        for (name, value) in registers {
+            self.gdb.set_register(name, value)?;
+        }
+        for (name, want) in [("cr0", 0x11), ("cr3", 0), ("cr4", 0), ("efer", 0), ("cs", 8), ("ss", 0x10)] {
+            let is = self.gdb.register(name)?;
+            ensure!(is == want, "SLB entry state: {name} is {is:#x}, must be {want:#x}");
+        }
+        self.say(&format!("entering the SLB at {:#x}", launch.base + u64::from(entry)));
+        Ok(())
+    }
+
+    /// Where the SLB stage will enter the MLE, if the loader's table is sound.
+    fn mle_entry(&mut self, base: u64) -> Result<u64> {
+        let pointer = self.gdb.read(base + SLB_SLRT_POINTER_OFFSET, 8)?;
+        let pointer = u64::from_le_bytes(pointer.as_slice().try_into()?);
+        let table = self.gdb.read(pointer, slrt::MAX_SIZE)?;
+        let slrt = Slrt::parse(&table).map_err(|e| anyhow::anyhow!("{e}"))?;
+        let info: DlInfo = slrt.entry(slrt::TAG_DL_INFO).map_err(|e| anyhow::anyhow!("{e}"))?;
+        info.dlme_base.get().checked_add(info.dlme_entry.get()).context("SLRT: MLE entry point wraps")
+    }
+
+    /// SL_DEV protects the SLB until then: nothing may have changed what was measured.
+    fn follow_to_mle(mut self, entry: u64) -> Result<()> {
+        self.gdb.insert(Break::Execute(entry))?;
+        self.gdb.resume()?;
+        let Stop::Thread { name, .. } = self.gdb.wait()? else { return Ok(()) };
+        self.gdb.select(&name)?;
+        let at = self.gdb.register("rip")?;
+        if at != entry {
+            bail!("stopped at {at:#x} on the way to the MLE at {entry:#x}");
+        }
+        let Some(mut launch) = lock(&self.state).launch.clone() else { bail!("no launch to follow") };
+        let intact = self.gdb.read(launch.base, launch.image.len())? == launch.image;
+        self.say(&format!("MLE entered at {entry:#x}, SLB {}", if intact { "unchanged" } else { "CHANGED" }));
+        launch.intact = Some(intact);
+        self.note(Stage::Mle, launch);
+        self.gdb.detach()
+    }
+
+    fn note(&mut self, stage: Stage, launch: Launch) {
+        let mut state = lock(&self.state);
+        state.stage = Some(stage);
+        state.launch = Some(launch);
+    }
+}

@@ -1,0 +1,104 @@
+//! How far a boot came, and the report of one that stopped.
+
+use std::fmt;
+use std::fs;
+
+use crate::run_dir::RunDir;
+
+/// The stages of a boot, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    /// No sign of life.
+    Off,
+    /// The firmware wrote to the console.
+    Firmware,
+    /// Our loader wrote to the console.
+    Loader,
+    /// SKINIT was executed.
+    Skinit,
+    /// The CPU was sent into the secure loader block.
+    Slb,
+    /// The MLE's first instruction.
+    Mle,
+    /// The kernel wrote to the console.
+    Linux,
+    /// The guest's init takes commands.
+    Init,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Off => "power on",
+            Self::Firmware => "firmware",
+            Self::Loader => "loader",
+            Self::Skinit => "SKINIT",
+            Self::Slb => "SLB",
+            Self::Mle => "MLE",
+            Self::Linux => "Linux",
+            Self::Init => "init",
+        })
+    }
+}
+
+/// The latest stage that left its mark on the console.
+pub fn from_console(console: &[u8]) -> Stage {
+    let has = |mark: &str| console.windows(mark.len()).any(|w| w == mark.as_bytes());
+    // The kernel's first line, or with "quiet" the firmware stub's.
+    if has("Linux version ") || has("Run /init as init process") {
+        Stage::Linux
+    } else if has("cordon") {
+        Stage::Loader
+    } else if console.is_empty() {
+        Stage::Off
+    } else {
+        Stage::Firmware
+    }
+}
+
+/// Lines of the console in a report.
+const TAIL: usize = 25;
+
+/// A report of a boot that stopped.
+pub fn diagnosis(reached: Stage, dir: &RunDir) -> String {
+    let log = dir.file("console.log");
+    let console = fs::read(&log).unwrap_or_default();
+    let text: String =
+        String::from_utf8_lossy(&console).chars().filter(|&c| c == '\n' || !c.is_control()).collect();
+    let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    let mut report = format!("last stage reached: {reached}\n");
+    if let Ok(drtm) = fs::read_to_string(dir.file("drtm.log")) {
+        report.push_str(&format!("DRTM event:\n{}", indent(drtm.lines())));
+    }
+    report.push_str(&format!("end of {}:\n", log.display()));
+    report.push_str(&indent(lines.iter().copied().skip(lines.len().saturating_sub(TAIL))));
+    report
+}
+
+fn indent<'a>(lines: impl Iterator<Item = &'a str>) -> String {
+    lines.map(|line| format!("  | {line}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_come_in_their_order() {
+        assert_eq!(from_console(b""), Stage::Off);
+        assert_eq!(from_console(b"\x1b[2J"), Stage::Firmware);
+        assert_eq!(from_console(b"BdsDxe\r\ncordon: loader"), Stage::Loader);
+        assert_eq!(from_console(b"cordon: x\r\n[    0.0] Linux version 6"), Stage::Linux);
+    }
+
+    #[test]
+    fn a_report_holds_the_end_of_the_console() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(parent.path()).unwrap();
+        let console: String = (0..100).map(|i| format!("line {i}\r\n")).collect();
+        fs::write(dir.file("console.log"), console).unwrap();
+        let report = diagnosis(Stage::Loader, &dir);
+        assert!(report.contains("reached: loader") && report.contains("| line 99\n"));
+        assert!(!report.contains("| line 74\n") && report.contains("| line 75\n"));
+    }
+}
