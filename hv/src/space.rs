@@ -511,6 +511,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         /// I1, and the rest of the description with it: in every view, in every format, exactly the pages
         /// are mapped that the accepted claims leave to it, and none of the MLE's or the SLB's.
         #[test]
