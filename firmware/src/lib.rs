@@ -9,6 +9,7 @@
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
 #![forbid(unsafe_code)]
 
+pub mod call;
 pub mod config;
 pub mod linux;
 pub mod memmap;
