@@ -1,0 +1,291 @@
+//! The application: picks an entry, checks the machine, loads everything, and hands over to [`launch`].
+//!
+//! Until `launch` leaves the firmware, whatever fails undoes what was done and returns to the boot manager.
+
+mod error;
+mod files;
+mod launch;
+mod memory;
+mod metal;
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::convert::Infallible;
+use core::time::Duration;
+
+use hv::launch::{Blob, LAUNCH_PAGE_SIZE, MLE_REGION_ALIGN, MleHeader, SLB_SIZE, SlbHeader};
+use hv::slrt::MAX_SIZE;
+use loader::entry::{ENTRY_MAX, Entry, Place, Value};
+use loader::machine::{self, Refusal};
+use loader::park::{self, Apic};
+use loader::table::{LOG_SIZE, Launch};
+use loader::{choice, image, screen, tpm};
+use uefi::boot::{self, MemoryType};
+use uefi::mem::memory_map::MemoryMap;
+use uefi::proto::tcg::v2::Tcg;
+use uefi::table::cfg::ConfigTableEntry;
+use uefi::{Status, entry, system};
+
+use error::{Error, FileError};
+use files::{File, Volume};
+use memory::Pages;
+use metal::{Identity, Msrs, Page, TscClock};
+
+/// Prints a line on the firmware's console. A console that fails is no reason to stop.
+macro_rules! say {
+    ($($arg:tt)*) => {
+        uefi::system::with_stdout(|out| {
+            use core::fmt::Write as _;
+            let _ = writeln!(out, $($arg)*);
+        })
+    };
+}
+pub(crate) use say;
+
+/// Where entries are. Spec: UAPI.1 "The Partitions".
+const ENTRIES: &str = "\\loader\\entries";
+/// The boot loader's own settings; one of them names the default entry.
+const LOADER_CONF: &str = "\\loader\\loader.conf";
+/// Real-mode code of the APs can lie below this.
+const LAUNCH_PAGE_LIMIT: u64 = 0x9_f000;
+/// How long a refusal stays on the screen, in tenths of a second.
+const PAUSE_TENTHS: u32 = 50;
+
+#[entry]
+fn main() -> Status {
+    say!("Cordon loader {}", env!("CARGO_PKG_VERSION"));
+    let Err(error) = run();
+    say!("cordon: {error}");
+    say!("cordon: nothing was started; returning to the boot manager");
+    pause();
+    Status::LOAD_ERROR
+}
+
+/// Leaves people time to read, until a key is pressed.
+fn pause() {
+    for _ in 0..PAUSE_TENTHS {
+        if matches!(system::with_stdin(|keys| keys.read_key()), Ok(Some(_))) {
+            return;
+        }
+        boot::stall(Duration::from_millis(100));
+    }
+}
+
+fn run() -> Result<Infallible, Error> {
+    launch::launch(prepare()?)
+}
+
+/// All that a launch needs. Dropping it gives the memory back.
+struct Prepared {
+    slb: Pages,
+    slrt: Pages,
+    launch_page: Pages,
+    memory_map: Pages,
+    idt: Pages,
+    /// What the table will say; its memory map is not known yet.
+    table: Launch,
+    /// Kept for their memory, which `table` names.
+    _named: [Option<Pages>; 6],
+    apic: Apic,
+    clock: TscClock,
+    tpm: Page,
+    tpm_interface: tpm::Interface,
+}
+
+fn prepare() -> Result<Prepared, Error> {
+    let mut volume = Volume::of_this_image().map_err(Error::Volume)?;
+    let (file, entry) = pick(&mut volume)?;
+    let title = entry.title.as_ref().map_or("no title", |title| title.text.as_str());
+    say!("cordon: booting {file} ({title})");
+
+    let msrs = Msrs;
+    machine::check_cpu(&raw_cpuid::CpuId::new(), &msrs, entry.insist_skinit)?;
+    let apic = park::find(&msrs)?;
+    let clock = TscClock::calibrate().ok_or(Refusal::Tsc)?;
+    let tpm = Page::new(tpm::BASE);
+    let tcg2 = boot::get_handle_for_protocol::<Tcg>().is_ok();
+    let rsdp = rsdp();
+    let tpm_interface = machine::check_platform(&Identity, rsdp, &tpm, tcg2)?;
+    let rsdp = rsdp.ok_or(Refusal::NoAcpi)?;
+
+    let (slb_header, slb) = load_slb(&mut volume, &file, &entry.slb)?;
+    let (mle_header, mle) = load_mle(&mut volume, &file, &entry.mle)?;
+    let command_line = entry.command_line();
+    let kernel = load(&mut volume, &file, &entry.linux)?;
+    image::check_kernel(kernel.bytes(), command_line.len() as u64)
+        .map_err(|error| at(&file, &entry.linux)(FileError::Image(error)))?;
+    let initrd = load_initrds(&mut volume, &file, &entry.initrd)?;
+    let config = entry.config.as_ref().map(|value| load(&mut volume, &file, value)).transpose()?;
+    let cmdline = copy_of(command_line.as_bytes())?;
+    let blob = |pages: &Option<Pages>| pages.as_ref().map_or(Blob::default(), Pages::blob);
+
+    let reserved = |what, bytes| Pages::new(what, MemoryType::RESERVED, bytes, 1, hv::addr::FOUR_GIB);
+    let data = |what, bytes| Pages::new(what, MemoryType::LOADER_DATA, bytes, 1, hv::addr::FOUR_GIB);
+    let log = reserved("event log", LOG_SIZE.into())?;
+    let slrt = data("SLRT", MAX_SIZE as u64)?;
+    let idt = data("exception handlers", launch::IDT_SIZE)?;
+    let launch_page =
+        Pages::new("launch page", MemoryType::RESERVED, LAUNCH_PAGE_SIZE, 1, LAUNCH_PAGE_LIMIT)?;
+    let memory_map = data("memory map", memory_map_room()?)?;
+
+    let table = Launch {
+        slb_base: slb.base(),
+        slb: slb_header,
+        mle_base: mle.base(),
+        mle: mle_header,
+        log: log.base(),
+        kernel: kernel.blob(),
+        initrd: blob(&initrd),
+        cmdline: blob(&cmdline),
+        config: blob(&config),
+        memory_map: Blob::default(),
+        descriptor_size: 0,
+        descriptor_version: 0,
+        system_table: uefi::table::system_table_raw().map_or(0, |table| table.as_ptr() as u64),
+        rsdp,
+        launch_page: launch_page.base(),
+        screen_info: metal::graphics_mode().map_or([0; 64], |mode| screen::screen_info(&mode)),
+        allow_locality0: entry.allow_locality0,
+    };
+    let named = [Some(mle), Some(kernel), initrd, config, cmdline, Some(log)];
+    Ok(Prepared {
+        slb,
+        slrt,
+        launch_page,
+        memory_map,
+        idt,
+        table,
+        _named: named,
+        apic,
+        clock,
+        tpm,
+        tpm_interface,
+    })
+}
+
+/// The entry to boot, with its path: the highest one that the default of `loader.conf` names, else the highest.
+fn pick(volume: &mut Volume) -> Result<(String, Entry), Error> {
+    let default = volume.open(LOADER_CONF).and_then(|mut file| file.contents(ENTRY_MAX)).unwrap_or_default();
+    let default = String::from_utf8_lossy(&default);
+    let default = choice::default_pattern(&default);
+
+    let mut candidates = Vec::new();
+    for name in volume.list(ENTRIES).map_err(|e| Error::file(ENTRIES, e))? {
+        if !name.to_ascii_lowercase().ends_with(".conf") {
+            continue;
+        }
+        let path = alloc::format!("{ENTRIES}\\{name}");
+        let entry = match volume.open(&path).and_then(|mut file| file.contents(ENTRY_MAX)) {
+            Ok(bytes) => Entry::parse(&path, &bytes).map_err(Error::Entry).transpose(),
+            Err(error) => Some(Err(Error::file(&path, error))),
+        };
+        candidates.extend(entry.map(|entry| (name, path, entry)));
+    }
+    let named = |name: &str| default.is_some_and(|pattern| choice::names(pattern, name));
+    candidates.sort_by(|(a, ..), (b, ..)| named(a).cmp(&named(b)).then_with(|| choice::version_cmp(a, b)));
+    let (_, path, entry) = candidates.pop().ok_or(Error::NoEntry)?;
+    Ok((path, entry?))
+}
+
+/// Puts a failure of the file that `value` names in its place.
+fn at(file: &str, value: &Value) -> impl Fn(FileError) -> Error {
+    let place = Place { file, value }.to_string();
+    move |error| Error::file(&place, error)
+}
+
+/// Opens the file that `value` names, which must not be empty.
+fn open(volume: &mut Volume, value: &Value) -> Result<File, FileError> {
+    let file = volume.open(&value.efi_path())?;
+    if file.size() == 0 { Err(FileError::Empty) } else { Ok(file) }
+}
+
+fn announce(value: &Value, size: u64, pages: &Pages) {
+    say!("  {:<13} {} ({size} bytes, at {:#x})", value.key, value.text, pages.base());
+}
+
+/// Loads a whole file below 4 GiB.
+fn load(volume: &mut Volume, file: &str, value: &Value) -> Result<Pages, Error> {
+    let at = at(file, value);
+    let mut opened = open(volume, value).map_err(&at)?;
+    let mut pages = Pages::new(value.key, MemoryType::LOADER_DATA, opened.size(), 1, hv::addr::FOUR_GIB)?;
+    opened.read(pages.bytes_mut()).map_err(&at)?;
+    announce(value, opened.size(), &pages);
+    Ok(pages)
+}
+
+fn load_slb(volume: &mut Volume, file: &str, value: &Value) -> Result<(SlbHeader, Pages), Error> {
+    let at = at(file, value);
+    let mut opened = open(volume, value).map_err(&at)?;
+    let start = opened.start::<{ size_of::<SlbHeader>() }>().map_err(&at)?;
+    let header = image::check_slb(&start, opened.size()).map_err(|e| at(FileError::Image(e)))?;
+    let mut pages = Pages::new(value.key, MemoryType::RESERVED, SLB_SIZE, SLB_SIZE, hv::addr::FOUR_GIB)?;
+    opened.read(pages.bytes_mut()).map_err(&at)?;
+    announce(value, opened.size(), &pages);
+    Ok((header, pages))
+}
+
+fn load_mle(volume: &mut Volume, file: &str, value: &Value) -> Result<(MleHeader, Pages), Error> {
+    let at = at(file, value);
+    let mut opened = open(volume, value).map_err(&at)?;
+    let start = opened.start::<{ size_of::<MleHeader>() }>().map_err(&at)?;
+    let header = image::check_mle(&start, opened.size()).map_err(|e| at(FileError::Image(e)))?;
+    let region = header.region_size.get();
+    let mut pages =
+        Pages::new(value.key, MemoryType::RESERVED, region, MLE_REGION_ALIGN, hv::addr::FOUR_GIB)?;
+    opened.read(pages.bytes_mut()).map_err(&at)?;
+    announce(value, opened.size(), &pages);
+    Ok((header, pages))
+}
+
+/// Loads all initrds one after the other, each padded with zeros to 4 bytes as Linux expects them.
+fn load_initrds(volume: &mut Volume, file: &str, values: &[Value]) -> Result<Option<Pages>, Error> {
+    let mut opened = Vec::new();
+    let mut total = 0u64;
+    for value in values {
+        let initrd = open(volume, value).map_err(at(file, value))?;
+        let padded = initrd.size().checked_next_multiple_of(4);
+        total = padded
+            .and_then(|size| total.checked_add(size))
+            .ok_or_else(|| at(file, value)(FileError::TooLarge { size: initrd.size(), limit: u64::MAX }))?;
+        opened.push((value, initrd));
+    }
+    if total == 0 {
+        return Ok(None);
+    }
+    let mut pages = Pages::new("initrd", MemoryType::LOADER_DATA, total, 1, hv::addr::FOUR_GIB)?;
+    let mut rest = pages.bytes_mut();
+    for (value, initrd) in &mut opened {
+        initrd.read(rest).map_err(at(file, value))?;
+        let padded = usize::try_from(initrd.size().next_multiple_of(4)).unwrap_or(usize::MAX);
+        rest = rest.get_mut(padded..).unwrap_or_default();
+    }
+    for (value, initrd) in &opened {
+        announce(value, initrd.size(), &pages);
+    }
+    Ok(Some(pages))
+}
+
+/// A copy below 4 GiB; `None` of nothing.
+fn copy_of(bytes: &[u8]) -> Result<Option<Pages>, Error> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    let mut pages =
+        Pages::new("command line", MemoryType::LOADER_DATA, bytes.len() as u64, 1, hv::addr::FOUR_GIB)?;
+    pages.bytes_mut().copy_from_slice(bytes);
+    Ok(Some(pages))
+}
+
+/// The ACPI root pointer, revision 2 or later.
+fn rsdp() -> Option<u64> {
+    system::with_config_table(|tables| {
+        let acpi = tables.iter().find(|table| table.guid == ConfigTableEntry::ACPI2_GUID);
+        acpi.map(|table| table.address as u64)
+    })
+}
+
+/// Room for the memory map: twice what it takes now, since leaving the firmware may still change it.
+fn memory_map_room() -> Result<u64, Error> {
+    let map = boot::memory_map(MemoryType::LOADER_DATA).map_err(|e| Error::MemoryMap(e.status()))?;
+    Ok((map.meta().map_size as u64).saturating_mul(2).next_multiple_of(hv::addr::PAGE_SIZE))
+}

@@ -1,0 +1,208 @@
+//! The Secure Launch Resource Table that the loader hands to the SLB stage.
+
+use hv::launch::{
+    Blob, CordonEntry, FLAG_LOCALITY0_ALLOWED, MLE_VERSION, MleHeader, POLICY, SlbHeader, event,
+};
+use hv::slrt::{
+    ARCH_SKINIT, Builder, DlInfo, LOG_FORMAT_TPM2, LogInfo, MAX_SIZE, PolicyEntry, SlrtError, TAG_CORDON,
+    TAG_DL_INFO, TAG_LOG_INFO, entry_header, policy_info,
+};
+
+/// Bytes of the event log's area.
+pub const LOG_SIZE: u32 = 64 << 10;
+
+/// Where in the launch page SKINIT is: after what may once be there for the APs, and known to test benches.
+pub const SKINIT_OFFSET: u64 = 0xf0;
+/// What is there: SKINIT, and UD2 for a CPU that would go on behind it.
+pub const SKINIT_CODE: [u8; 5] = [0x0f, 0x01, 0xde, 0x0f, 0x0b];
+
+/// A launch as the table describes it. Addresses are physical; an absent blob is the default one.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Address of the SLB.
+    pub slb_base: u64,
+    /// The SLB's header.
+    pub slb: SlbHeader,
+    /// Address of the MLE region.
+    pub mle_base: u64,
+    /// The MLE's header.
+    pub mle: MleHeader,
+    /// Address of the event log's area of [`LOG_SIZE`] bytes.
+    pub log: u64,
+    /// The kernel file.
+    pub kernel: Blob,
+    /// The initrds.
+    pub initrd: Blob,
+    /// The command line.
+    pub cmdline: Blob,
+    /// The configuration file.
+    pub config: Blob,
+    /// The EFI memory map.
+    pub memory_map: Blob,
+    /// Bytes of a memory descriptor.
+    pub descriptor_size: u32,
+    /// Version of the descriptors.
+    pub descriptor_version: u32,
+    /// Address of the EFI system table.
+    pub system_table: u64,
+    /// Address of the ACPI root pointer.
+    pub rsdp: u64,
+    /// Address of the launch pages.
+    pub launch_page: u64,
+    /// Linux' `screen_info`.
+    pub screen_info: [u8; 64],
+    /// Whether the launch may go on without TPM locality 2.
+    pub allow_locality0: bool,
+}
+
+/// The table and its length in bytes.
+///
+/// # Errors
+/// [`SlrtError::Full`], which the contents leave no way to: they have a fixed size.
+pub fn build(launch: &Launch) -> Result<([u8; MAX_SIZE], usize), SlrtError> {
+    let mut builder = Builder::new(ARCH_SKINIT);
+    builder.entry(&DlInfo {
+        hdr: entry_header::<DlInfo>(TAG_DL_INFO),
+        dce_size: u64::from(launch.slb.length.get()).into(),
+        dce_base: launch.slb_base.into(),
+        dlme_size: launch.mle.image_size,
+        dlme_base: launch.mle_base.into(),
+        dlme_entry: u64::from(launch.mle.entry.get()).into(),
+        dlme_header_offset: 0.into(),
+        dlme_config_table: 0.into(),
+        bootloader: 0.into(),
+        reserved: Default::default(),
+        context: 0.into(),
+        dl_launch: 0.into(),
+    })?;
+    builder.entry(&LogInfo {
+        hdr: entry_header::<LogInfo>(TAG_LOG_INFO),
+        format: LOG_FORMAT_TPM2.into(),
+        reserved: 0.into(),
+        size: LOG_SIZE.into(),
+        addr: launch.log.into(),
+    })?;
+    builder.policy(&POLICY.map(|(pcr, entity_type, name)| {
+        let blob = match name {
+            event::CONFIG => launch.config,
+            event::KERNEL => launch.kernel,
+            event::INITRD => launch.initrd,
+            event::CMDLINE => launch.cmdline,
+            _ => Blob::default(),
+        };
+        PolicyEntry {
+            // PCRs have numbers below 24.
+            pcr: (pcr as u16).into(),
+            entity_type: entity_type.into(),
+            flags: 0.into(),
+            reserved: 0.into(),
+            size: blob.size,
+            entity: blob.base,
+            info: policy_info(name),
+        }
+    }))?;
+    builder.entry(&CordonEntry {
+        hdr: entry_header::<CordonEntry>(TAG_CORDON),
+        version: MLE_VERSION.into(),
+        flags: if launch.allow_locality0 { FLAG_LOCALITY0_ALLOWED } else { 0 }.into(),
+        mle_region: Blob { base: launch.mle_base.into(), size: launch.mle.region_size },
+        kernel: launch.kernel,
+        initrd: launch.initrd,
+        cmdline: launch.cmdline,
+        config: launch.config,
+        efi_memory_map: launch.memory_map,
+        efi_descriptor_size: launch.descriptor_size.into(),
+        efi_descriptor_version: launch.descriptor_version.into(),
+        efi_system_table: launch.system_table.into(),
+        acpi_rsdp: launch.rsdp.into(),
+        launch_page: launch.launch_page.into(),
+        screen_info: launch.screen_info,
+    })?;
+    builder.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hv::launch::{MLE_MAGIC, SLB_MAGIC};
+    use hv::slrt::{Slrt, TAG_POLICY};
+    use zerocopy::IntoBytes;
+
+    fn blob(base: u64, size: u64) -> Blob {
+        Blob { base: base.into(), size: size.into() }
+    }
+
+    fn sample() -> Launch {
+        Launch {
+            slb_base: 0x7000_0000,
+            slb: SlbHeader { entry: 16.into(), length: 0x6000.into(), magic: SLB_MAGIC, reserved: 0.into() },
+            mle_base: 0x6000_0000,
+            mle: MleHeader {
+                magic: MLE_MAGIC,
+                version: MLE_VERSION.into(),
+                entry: 0x1000.into(),
+                image_size: 0x2_3000.into(),
+                region_size: (16 << 20).into(),
+            },
+            log: 0x5000_0000,
+            kernel: blob(0x4000_0000, 8_000_001),
+            initrd: blob(0x3000_0000, 12),
+            cmdline: blob(0x2000_0000, 5),
+            config: Blob::default(),
+            memory_map: blob(0x1000_0000, 48 * 100),
+            descriptor_size: 48,
+            descriptor_version: 1,
+            system_table: 0x7fff_0018,
+            rsdp: 0x7ffe_0014,
+            launch_page: 0x9e000,
+            screen_info: [7; 64],
+            allow_locality0: false,
+        }
+    }
+
+    #[test]
+    fn the_reader_of_the_launch_finds_what_the_loader_wrote() {
+        let launch = sample();
+        let (bytes, used) = build(&launch).unwrap();
+        let table = Slrt::parse(&bytes[..used]).unwrap();
+        let dl: DlInfo = table.entry(TAG_DL_INFO).unwrap();
+        assert_eq!((dl.dce_base.get(), dl.dce_size.get()), (0x7000_0000, 0x6000));
+        assert_eq!((dl.dlme_base.get(), dl.dlme_size.get()), (0x6000_0000, 0x2_3000));
+        assert_eq!((dl.dlme_entry.get(), dl.dl_launch.get()), (0x1000, 0));
+        let log: LogInfo = table.entry(TAG_LOG_INFO).unwrap();
+        assert_eq!((log.addr.get(), log.size.get(), log.format.get()), (0x5000_0000, 0x1_0000, 2));
+        let cordon: CordonEntry = table.entry(TAG_CORDON).unwrap();
+        assert_eq!((cordon.version.get(), cordon.flags.get()), (MLE_VERSION, 0));
+        assert_eq!(cordon.mle_region, blob(0x6000_0000, 16 << 20));
+        assert_eq!((cordon.kernel, cordon.initrd), (launch.kernel, launch.initrd));
+        assert_eq!((cordon.cmdline, cordon.config), (launch.cmdline, Blob::default()));
+        assert_eq!(cordon.efi_memory_map, launch.memory_map);
+        assert_eq!((cordon.efi_descriptor_size.get(), cordon.efi_descriptor_version.get()), (48, 1));
+        assert_eq!((cordon.efi_system_table.get(), cordon.acpi_rsdp.get()), (0x7fff_0018, 0x7ffe_0014));
+        assert_eq!((cordon.launch_page.get(), cordon.screen_info), (0x9e000, [7; 64]));
+    }
+
+    #[test]
+    fn the_policy_is_the_fixed_one_with_the_entities_filled_in() {
+        let launch = sample();
+        let (bytes, used) = build(&launch).unwrap();
+        let policy = Slrt::parse(&bytes[..used]).unwrap().policy().unwrap();
+        let blobs = [launch.config, launch.kernel, launch.initrd, launch.cmdline];
+        assert_eq!(policy.len(), POLICY.len(), "tag {TAG_POLICY}");
+        for ((entry, (pcr, entity_type, name)), blob) in policy.iter().zip(POLICY).zip(blobs) {
+            assert_eq!(
+                (u32::from(entry.pcr.get()), entry.entity_type.get(), entry.flags.get()),
+                (pcr, entity_type, 0)
+            );
+            assert_eq!(entry.info, policy_info(name));
+            assert_eq!((entry.entity.as_bytes(), entry.size), (blob.base.as_bytes(), blob.size), "{name}");
+        }
+    }
+
+    #[test]
+    fn locality_0_is_allowed_only_when_asked_for() {
+        let (bytes, used) = build(&Launch { allow_locality0: true, ..sample() }).unwrap();
+        let cordon: CordonEntry = Slrt::parse(&bytes[..used]).unwrap().entry(TAG_CORDON).unwrap();
+        assert_eq!(cordon.flags.get(), FLAG_LOCALITY0_ALLOWED);
+    }
+}
