@@ -343,3 +343,6 @@ impl<'a> Record<'a> {
         LogError::Field { field, value, record: self.start }
     }
 }
+
+#[cfg(test)]
+mod tests;
