@@ -9,10 +9,12 @@
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
 #![forbid(unsafe_code)]
 
+pub mod acpi;
 pub mod call;
 pub mod config;
 pub mod linux;
 pub mod memmap;
+pub mod sandbox;
 pub mod service;
 pub mod tables;
 #[cfg(test)]

@@ -1,0 +1,415 @@
+//! The sandbox's state machine: what is done about each of its exits, and when it is given up.
+//!
+//! Independent of the CPU. The back end runs the virtual CPU and reports [`Exit`]s; what is decided here
+//! costs the caller an EFI error at worst (I6), never the guest or the MLE.
+
+use core::fmt;
+
+use hv::vcpu::{Access, Exit};
+
+use crate::config::Config;
+
+/// Index port of the real-time clock.
+const RTC_INDEX: u16 = 0x70;
+/// Data port of the real-time clock.
+const RTC_DATA: u16 = 0x71;
+/// Writes raise a software SMI. Fixed: the ACPI table that could name another port is firmware's own
+/// word, and would give it the port it likes.
+pub const SMI_COMMAND: u16 = 0xb2;
+/// A byte that travels with the SMI; writing it does nothing.
+const SMI_DATA: u16 = 0xb3;
+
+/// Why the sandbox is dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// A call took longer than its budget; microseconds.
+    Budget {
+        /// Time it had taken.
+        used_us: u64,
+        /// Time it was allowed.
+        limit_us: u64,
+    },
+    /// It reached for memory that it does not have.
+    Memory {
+        /// Physical address.
+        gpa: u64,
+        /// What it tried.
+        access: Access,
+    },
+    /// It used a model-specific register.
+    Msr {
+        /// Register number.
+        index: u32,
+        /// WRMSR rather than RDMSR.
+        write: bool,
+    },
+    /// It used a string instruction on a port.
+    StringPort(u16),
+    /// It executed HLT: no interrupt would wake it.
+    Halt,
+    /// It made a hypercall elsewhere than at its return address.
+    Hypercall,
+    /// It executed an instruction of the virtualization extension, or INVD.
+    Instruction,
+    /// It raised an exception that it could not handle.
+    Exception {
+        /// Vector.
+        vector: u8,
+        /// Error code, or 0.
+        error: u64,
+    },
+    /// Triple fault.
+    Shutdown,
+    /// The CPU did not run it, or stopped for a cause nobody asked for.
+    Cpu {
+        /// Raw exit code, all ones for a refused state.
+        code: u64,
+    },
+    /// The firmware's tables name no entry point in runtime code for the service.
+    NoEntry,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Budget { used_us, limit_us } => {
+                write!(f, "call took {} ms, budget {} ms", used_us / 1000, limit_us / 1000)
+            }
+            Self::Memory { gpa, access } => {
+                let verb = match access {
+                    Access::Read => "read",
+                    Access::Write => "write",
+                    Access::Fetch => "execute",
+                };
+                write!(f, "tried to {verb} memory at {gpa:#x}")
+            }
+            Self::Msr { index, write } => {
+                write!(f, "tried to {} MSR {index:#x}", if write { "write" } else { "read" })
+            }
+            Self::StringPort(port) => write!(f, "used a string instruction on port {port:#x}"),
+            Self::Halt => f.write_str("halted"),
+            Self::Hypercall => f.write_str("made a hypercall of its own"),
+            Self::Instruction => f.write_str("executed a forbidden instruction"),
+            Self::Exception { vector, error } => write!(f, "raised exception {vector}, error {error:#x}"),
+            Self::Shutdown => f.write_str("triple fault"),
+            Self::Cpu { code } => write!(f, "stopped with exit code {code:#x}"),
+            Self::NoEntry => f.write_str("has no entry point in runtime code"),
+        }
+    }
+}
+
+/// Whether calls may start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// A call may start.
+    Ready,
+    /// A call is running since that moment, in microseconds.
+    Running {
+        /// When it started.
+        since_us: u64,
+    },
+    /// No call will ever run again.
+    Dead(Reason),
+}
+
+/// Why a call did not start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotReady {
+    /// Another call is running.
+    Busy,
+    /// The sandbox is dead.
+    Dead(Reason),
+}
+
+/// What to do about an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Let the host take what is pending, then run on.
+    Resume,
+    /// Answer CPUID, advance, run on.
+    Cpuid,
+    /// Do the port access for the firmware, advance, run on.
+    PassPort,
+    /// IN reads all ones, OUT is dropped; advance, run on.
+    DenyPort,
+    /// Raise a software SMI with this command byte, advance, run on.
+    RaiseSmi {
+        /// The byte written to [`SMI_COMMAND`].
+        command: u8,
+    },
+    /// The firmware returned; RAX is its status.
+    Return,
+    /// The sandbox is dead from now on.
+    Stop(Reason),
+}
+
+/// What the sandbox did so far, for the status report. Counts saturate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Calls started.
+    pub calls: u64,
+    /// Exits of all kinds.
+    pub exits: u64,
+    /// Software SMIs requested.
+    pub smis: u64,
+    /// Port accesses denied.
+    pub denied_ports: u64,
+    /// The port denied last.
+    pub last_denied_port: Option<u16>,
+    /// Longest call, in microseconds.
+    pub longest_us: u64,
+}
+
+/// One sandbox: at most one call at a time, on one CPU.
+#[derive(Debug)]
+pub struct Sandbox {
+    state: State,
+    limit_us: u64,
+    pm_timer: Option<u16>,
+    counters: Counters,
+}
+
+impl Sandbox {
+    /// A sandbox that is ready. `pm_timer` is the port of the ACPI timer, which firmware waits with and
+    /// may read: see [`crate::acpi::pm_timer`].
+    pub fn new(config: &Config, pm_timer: Option<u16>) -> Self {
+        let limit_us = u64::from(config.budget_ms).saturating_mul(1000);
+        Self { state: State::Ready, limit_us, pm_timer, counters: Counters::default() }
+    }
+
+    /// Whether calls may start.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// What it did so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// When the running call's budget ends: the moment a timer of the host must stop it.
+    pub fn deadline_us(&self) -> Option<u64> {
+        match self.state {
+            State::Running { since_us } => Some(since_us.saturating_add(self.limit_us)),
+            State::Ready | State::Dead(_) => None,
+        }
+    }
+
+    /// Starts a call.
+    pub fn start(&mut self, now_us: u64) -> Result<(), NotReady> {
+        match self.state {
+            State::Ready => {
+                self.state = State::Running { since_us: now_us };
+                bump(&mut self.counters.calls);
+                Ok(())
+            }
+            State::Running { .. } => Err(NotReady::Busy),
+            State::Dead(reason) => Err(NotReady::Dead(reason)),
+        }
+    }
+
+    /// Gives the sandbox up for a reason found outside of it.
+    pub fn kill(&mut self, reason: Reason) {
+        self.state = State::Dead(reason);
+    }
+
+    /// Decides about an exit of the running call. `at_return`: RIP is at the hypercall that the call was
+    /// to return to. `al`: the low byte of RAX, which OUT writes.
+    pub fn exit(&mut self, exit: &Exit, at_return: bool, al: u8, now_us: u64) -> Verdict {
+        bump(&mut self.counters.exits);
+        let used_us = match self.state {
+            State::Running { since_us } => now_us.saturating_sub(since_us),
+            State::Ready => return Verdict::Stop(Reason::Cpu { code: u64::MAX }),
+            State::Dead(reason) => return Verdict::Stop(reason),
+        };
+        self.counters.longest_us = self.counters.longest_us.max(used_us);
+        let mut verdict = self.judge(exit, at_return, al);
+        // A call that comes back late has come back.
+        if verdict == Verdict::Return {
+            self.state = State::Ready;
+            return verdict;
+        }
+        if used_us > self.limit_us && !matches!(verdict, Verdict::Stop(_)) {
+            verdict = Verdict::Stop(Reason::Budget { used_us, limit_us: self.limit_us });
+        }
+        match verdict {
+            Verdict::Stop(reason) => self.state = State::Dead(reason),
+            Verdict::RaiseSmi { .. } => bump(&mut self.counters.smis),
+            Verdict::DenyPort => {
+                bump(&mut self.counters.denied_ports);
+                if let Exit::Port { port, .. } = exit {
+                    self.counters.last_denied_port = Some(*port);
+                }
+            }
+            _ => {}
+        }
+        verdict
+    }
+
+    fn judge(&self, exit: &Exit, at_return: bool, al: u8) -> Verdict {
+        let stop = Verdict::Stop;
+        match *exit {
+            Exit::Cpuid => Verdict::Cpuid,
+            Exit::Interrupt | Exit::Nmi | Exit::Smi | Exit::Init => Verdict::Resume,
+            Exit::Port { port, string: true, .. } => stop(Reason::StringPort(port)),
+            Exit::Port { port, size, input, .. } => self.port(port, size, input, al),
+            Exit::Hypercall if at_return => Verdict::Return,
+            Exit::Hypercall => stop(Reason::Hypercall),
+            Exit::MsrRead { index } => stop(Reason::Msr { index, write: false }),
+            Exit::MsrWrite { index, .. } => stop(Reason::Msr { index, write: true }),
+            Exit::Memory { gpa, access, .. } => stop(Reason::Memory { gpa, access }),
+            Exit::VirtualizationInstruction | Exit::InvalidateCaches => stop(Reason::Instruction),
+            Exit::Halt => stop(Reason::Halt),
+            Exit::Shutdown => stop(Reason::Shutdown),
+            Exit::Exception { vector, error } => stop(Reason::Exception { vector, error }),
+            Exit::InvalidState => stop(Reason::Cpu { code: u64::MAX }),
+            Exit::Unexpected { code, .. } => stop(Reason::Cpu { code }),
+        }
+    }
+
+    /// A wider access reaches the next ports too, so each port has one width.
+    fn port(&self, port: u16, size: u8, input: bool, al: u8) -> Verdict {
+        match (port, size, input) {
+            (RTC_INDEX | RTC_DATA | SMI_DATA, 1, _) | (SMI_COMMAND, 1, true) => Verdict::PassPort,
+            (SMI_COMMAND, 1, false) => Verdict::RaiseSmi { command: al },
+            (p, 4, true) if Some(p) == self.pm_timer => Verdict::PassPort,
+            _ => Verdict::DenyPort,
+        }
+    }
+}
+
+fn bump(counter: &mut u64) {
+    *counter = counter.saturating_add(1);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn running() -> Sandbox {
+        let mut s = Sandbox::new(&Config::parse(b"sandbox.budget-ms = 100").unwrap(), Some(0x608));
+        s.start(1_000).unwrap();
+        s
+    }
+
+    fn port(port: u16, size: u8, input: bool) -> Exit {
+        Exit::Port { port, size, input, string: false, next_rip: 0 }
+    }
+
+    #[test]
+    fn one_call_after_the_other() {
+        let mut s = running();
+        assert_eq!(s.start(2_000), Err(NotReady::Busy));
+        assert_eq!(s.deadline_us(), Some(101_000));
+        assert_eq!(s.exit(&Exit::Hypercall, true, 0, 50_000), Verdict::Return);
+        assert_eq!((s.state(), s.deadline_us()), (State::Ready, None));
+        assert_eq!(s.start(60_000), Ok(()));
+        assert_eq!((s.counters().calls, s.counters().longest_us), (2, 49_000));
+    }
+
+    #[test]
+    fn the_budget_ends_a_call_and_the_sandbox_for_good() {
+        let mut s = running();
+        assert_eq!(s.exit(&Exit::Interrupt, false, 0, 101_000), Verdict::Resume);
+        let reason = Reason::Budget { used_us: 100_001, limit_us: 100_000 };
+        assert_eq!(s.exit(&Exit::Interrupt, false, 0, 101_001), Verdict::Stop(reason));
+        assert_eq!(s.start(200_000), Err(NotReady::Dead(reason)));
+        assert_eq!(s.exit(&Exit::Cpuid, false, 0, 0), Verdict::Stop(reason));
+        assert_eq!(reason.to_string(), "call took 100 ms, budget 100 ms");
+        // Each call has a budget of its own, and a late return is a return.
+        let mut s = running();
+        assert_eq!(s.exit(&Exit::Hypercall, true, 0, 500_000), Verdict::Return);
+        s.start(600_000).unwrap();
+        assert_eq!(s.exit(&Exit::Interrupt, false, 0, 650_000), Verdict::Resume);
+    }
+
+    #[test]
+    fn only_the_listed_ports_at_their_widths_are_reached() {
+        let mut s = running();
+        let open: [(u16, u8, bool); 8] = [
+            (0x70, 1, true),
+            (0x70, 1, false),
+            (0x71, 1, true),
+            (0x71, 1, false),
+            (0xb2, 1, true),
+            (0xb3, 1, true),
+            (0xb3, 1, false),
+            (0x608, 4, true),
+        ];
+        for port_number in 0..=u16::MAX {
+            for size in [1, 2, 4] {
+                for input in [true, false] {
+                    let verdict = s.exit(&port(port_number, size, input), false, 0x5a, 1_000);
+                    let expected = if open.contains(&(port_number, size, input)) {
+                        Verdict::PassPort
+                    } else if (port_number, size, input) == (0xb2, 1, false) {
+                        Verdict::RaiseSmi { command: 0x5a }
+                    } else {
+                        Verdict::DenyPort
+                    };
+                    assert_eq!(verdict, expected, "{port_number:#x} {size} {input}");
+                }
+            }
+        }
+        assert_eq!((s.counters().smis, s.counters().last_denied_port), (1, Some(0xffff)));
+        assert_eq!(s.counters().denied_ports, 65536 * 6 - 9);
+        let mut s = Sandbox::new(&Config::default(), None);
+        s.start(0).unwrap();
+        assert_eq!(s.exit(&port(0x608, 4, true), false, 0, 0), Verdict::DenyPort);
+    }
+
+    #[test]
+    fn whatever_it_may_not_do_kills_it_with_a_reason() {
+        let string = Exit::Port { port: 0x71, size: 1, input: true, string: true, next_rip: 0 };
+        let cases = [
+            (Exit::Hypercall, "made a hypercall of its own"),
+            (Exit::MsrRead { index: 0x1b }, "tried to read MSR 0x1b"),
+            (Exit::MsrWrite { index: 0xc000_0080, value: 0 }, "tried to write MSR 0xc0000080"),
+            (
+                Exit::Memory { gpa: 0x1000, access: Access::Write, table_walk: false },
+                "tried to write memory at 0x1000",
+            ),
+            (Exit::Halt, "halted"),
+            (Exit::Shutdown, "triple fault"),
+            (Exit::VirtualizationInstruction, "executed a forbidden instruction"),
+            (Exit::InvalidateCaches, "executed a forbidden instruction"),
+            (Exit::Exception { vector: 14, error: 2 }, "raised exception 14, error 0x2"),
+            (Exit::InvalidState, "stopped with exit code 0xffffffffffffffff"),
+            (Exit::Unexpected { code: 0x99, info1: 0, info2: 0 }, "stopped with exit code 0x99"),
+            (string, "used a string instruction on port 0x71"),
+        ];
+        for (exit, text) in cases {
+            let mut s = running();
+            let Verdict::Stop(reason) = s.exit(&exit, false, 0, 1_000) else { panic!("{exit:?}") };
+            assert_eq!(reason.to_string(), text);
+            assert_eq!(s.state(), State::Dead(reason));
+        }
+    }
+
+    #[test]
+    fn it_can_be_given_up_from_outside() {
+        let mut s = running();
+        s.kill(Reason::NoEntry);
+        assert_eq!(s.start(0), Err(NotReady::Dead(Reason::NoEntry)));
+        let mut idle = Sandbox::new(&Config::default(), None);
+        assert!(matches!(idle.exit(&Exit::Cpuid, false, 0, 0), Verdict::Stop(_)));
+    }
+
+    proptest! {
+        #[test]
+        fn death_is_final(ports in proptest::collection::vec((any::<u16>(), 0u64..300_000), 1..40)) {
+            let mut s = running();
+            let mut dead = None;
+            for (number, now) in ports {
+                let verdict = s.exit(&port(number, 1, true), false, 0, now);
+                if let Some(reason) = dead {
+                    prop_assert_eq!(verdict, Verdict::Stop(reason));
+                } else if let Verdict::Stop(reason) = verdict {
+                    prop_assert!(now > 101_000);
+                    dead = Some(reason);
+                }
+            }
+        }
+    }
+}
