@@ -13,6 +13,7 @@ pub mod acpi;
 pub mod call;
 pub mod config;
 pub mod linux;
+pub mod measure;
 pub mod memmap;
 pub mod sandbox;
 pub mod service;

@@ -297,6 +297,12 @@ impl MemoryMap {
         Ok(())
     }
 
+    /// Whether all of `range` is in the map as something other than device registers.
+    pub fn is_memory(&self, range: &PhysRange) -> bool {
+        let device = |ty| matches!(ty, MemoryType::MMIO | MemoryType::MMIO_PORT_SPACE);
+        self.first_unfit(range, |region| !device(region.ty)).is_none()
+    }
+
     /// First address in `range` that is not in a region that `fit` accepts.
     fn first_unfit(&self, range: &PhysRange, fit: impl Fn(&Region) -> bool) -> Option<u64> {
         let mut at = range.start();
