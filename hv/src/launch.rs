@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::slrt::EntryHeader;
+use crate::slrt::{EntryHeader, PolicyEntry, policy_info};
 
 /// Bytes of the secure loader block, and its alignment.
 ///
@@ -189,6 +189,23 @@ pub const POLICY: [(u32, u16, &str); 4] = [
     (PCR_CONFIG, crate::slrt::ENTITY_RAMDISK, event::INITRD),
     (PCR_CONFIG, crate::slrt::ENTITY_CMDLINE, event::CMDLINE),
 ];
+
+/// The policy as the loader writes it: [`POLICY`] with the place of each entity, by its name.
+pub fn policy_entries(mut place: impl FnMut(&str) -> Blob) -> [PolicyEntry; POLICY.len()] {
+    POLICY.map(|(pcr, entity_type, name)| {
+        let blob = place(name);
+        PolicyEntry {
+            // PCRs have numbers below 24.
+            pcr: (pcr as u16).into(),
+            entity_type: entity_type.into(),
+            flags: 0.into(),
+            reserved: 0.into(),
+            size: blob.size,
+            entity: blob.base,
+            info: policy_info(name),
+        }
+    })
+}
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,6 @@
 //! The commands that Cordon sends, and their responses.
 //!
-//! Spec: \[TPM2.3\] "TPM2_GetCapability", "TPM2_PCR_Extend", "TPM2_PCR_Read"; all fields big-endian.
+//! Spec: \[TPM2\] "TPM2_GetCapability", "TPM2_PCR_Extend", "TPM2_PCR_Read"; all fields big-endian.
 
 use heapless::Vec;
 

@@ -319,7 +319,7 @@ impl<'a> Log<'a> {
 /// What a PCR of value `pcr` becomes by an extend with `digest`; none for an algorithm that this crate
 /// cannot compute.
 ///
-/// Spec: \[TPM2.1\] "Extend of a PCR": H(old value ‖ digest).
+/// Spec: \[TPM2\] "Extend of a PCR": H(old value ‖ digest).
 pub fn extended(pcr: &Digest, digest: &Digest) -> Option<Digest> {
     digest_of(pcr.alg(), &[pcr.as_bytes(), digest.as_bytes()])
 }
