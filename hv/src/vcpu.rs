@@ -118,6 +118,8 @@ pub enum Exit {
     Hypercall,
     /// An instruction of the virtualization extension that the guest does not have.
     VirtualizationInstruction,
+    /// INVD: would drop modified cache lines, the MLE's too.
+    InvalidateCaches,
     /// HLT, where it is intercepted (the sandbox).
     Halt,
     /// A physical interrupt is pending, where it is intercepted (the sandbox).
@@ -152,7 +154,7 @@ pub enum Exit {
 
 impl Exit {
     /// Number of [`Exit::kind`]s.
-    pub const KINDS: usize = 16;
+    pub const KINDS: usize = 17;
 
     /// Index of the kind, for counters; below [`Exit::KINDS`].
     pub fn kind(&self) -> usize {
@@ -173,14 +175,30 @@ impl Exit {
             Self::Exception { .. } => 13,
             Self::InvalidState => 14,
             Self::Unexpected { .. } => 15,
+            Self::InvalidateCaches => 16,
         }
     }
 
     /// Name of the kind with this index.
     pub fn kind_name(kind: usize) -> &'static str {
         const NAMES: [&str; Exit::KINDS] = [
-            "cpuid", "rdmsr", "wrmsr", "memory", "port", "hypercall", "svm-insn", "halt", "interrupt", "nmi",
-            "smi", "init", "shutdown", "exception", "invalid", "unexpected",
+            "cpuid",
+            "rdmsr",
+            "wrmsr",
+            "memory",
+            "port",
+            "hypercall",
+            "svm-insn",
+            "halt",
+            "interrupt",
+            "nmi",
+            "smi",
+            "init",
+            "shutdown",
+            "exception",
+            "invalid",
+            "unexpected",
+            "invd",
         ];
         NAMES.get(kind).copied().unwrap_or("?")
     }
@@ -238,8 +256,9 @@ pub trait Vcpu {
     fn gprs_mut(&mut self) -> &mut Gprs;
     /// Instruction pointer.
     fn rip(&self) -> u64;
-    /// Sets the instruction pointer; an interrupt shadow ends with it.
-    fn set_rip(&mut self, rip: u64);
+    /// Goes on after the instruction that made the exit: `length` bytes, where the CPU does not say itself. An
+    /// interrupt shadow ends, a single-step trap is raised where the guest asked for one.
+    fn advance(&mut self, length: u64);
     /// Control registers.
     fn control(&self) -> Control;
     /// Sets EFER as the guest sees it (the back end keeps its own bits).

@@ -3,4 +3,21 @@
 // Tests may overflow: that is how they fail.
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
 
+pub mod apic;
+pub mod boot;
+pub mod cpu;
+#[cfg(test)]
+mod fake;
+pub mod fatal;
+pub mod guest;
+pub mod inputs;
+pub mod launch;
+pub mod logger;
+pub mod measure;
 pub mod metal;
+pub mod paging;
+pub mod platform;
+pub mod pool;
+pub mod run;
+pub mod smp;
+pub mod trap;

@@ -3,6 +3,7 @@
 //! Spec: \[APM2\] "MSR Intercepts" (MSRPM, two bits an MSR, read then write), "I/O Intercepts" (IOPM, one bit a port).
 
 /// The MSR permission map: 8 KiB, page aligned. MSRs that it does not cover always exit.
+#[derive(zerocopy::FromZeros)]
 #[repr(C, align(4096))]
 pub struct Msrpm([u8; 0x2000]);
 
@@ -64,6 +65,7 @@ impl Msrpm {
 }
 
 /// The I/O permission map: 12 KiB, page aligned; the last bytes serve accesses that run past port FFFFh.
+#[derive(zerocopy::FromZeros)]
 #[repr(C, align(4096))]
 pub struct Iopm([u8; 0x3000]);
 

@@ -11,6 +11,12 @@ use crate::defs::{
 const EFER_LMA: u64 = 1 << 10;
 /// CR0.PG.
 const CR0_PG: u64 = 1 << 31;
+/// RFLAGS.TF.
+const RFLAGS_TF: u64 = 1 << 8;
+/// RFLAGS.IF.
+const RFLAGS_IF: u64 = 1 << 9;
+/// DR6.BS: a single step.
+const DR6_BS: u64 = 1 << 14;
 /// PAT after reset. Spec: \[APM2\] "PAT Register".
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
@@ -40,6 +46,8 @@ pub enum Role {
 pub struct SvmVcpu<'a> {
     vmcb: &'a mut Vmcb,
     gprs: Gprs,
+    /// RFLAGS bits to put back after a single step.
+    stepping: Option<u64>,
 }
 
 impl<'a> SvmVcpu<'a> {
@@ -73,7 +81,7 @@ impl<'a> SvmVcpu<'a> {
         vmcb.nested_control = 1;
         vmcb.nested_cr3 = machine.nested_root;
         vmcb.g_pat = PAT_RESET;
-        let mut vcpu = Self { vmcb, gprs: Gprs::default() };
+        let mut vcpu = Self { vmcb, gprs: Gprs::default(), stepping: None };
         vcpu.reset();
         vcpu
     }
@@ -173,6 +181,51 @@ impl<'a> SvmVcpu<'a> {
         self.vmcb
     }
 
+    /// Makes the next run end after one instruction, with interrupts and NMIs held and every exception an exit.
+    ///
+    /// Spec: \[APM2\] "Single-Stepping".
+    pub fn begin_step(&mut self) {
+        let v = &mut self.vmcb;
+        self.stepping = Some(v.rflags & (RFLAGS_TF | RFLAGS_IF));
+        v.rflags = (v.rflags | RFLAGS_TF) & !RFLAGS_IF;
+        v.intercept_exceptions = u32::MAX;
+        v.intercept3 |= Intercept3::NMI;
+    }
+
+    /// Ends a step, whatever ended the run; nothing when there was none. `exit` is the step's exit: the trap that
+    /// we asked for is swallowed unless the guest stepped too, any other exception goes to the guest. True when the
+    /// exit is dealt with.
+    pub fn end_step(&mut self, exit: Exit) -> bool {
+        let Some(flags) = self.stepping.take() else { return false };
+        let v = &mut self.vmcb;
+        v.rflags = (v.rflags & !(RFLAGS_TF | RFLAGS_IF)) | flags;
+        v.intercept_exceptions = 0;
+        v.intercept3 &= !Intercept3::NMI;
+        // An interrupt shadow that the guest had before the instruction is over with it.
+        v.interrupt_shadow &= !1;
+        match exit {
+            Exit::Exception { vector: 1, .. } if v.dr6 & DR6_BS != 0 => {
+                if flags & RFLAGS_TF != 0 {
+                    self.inject(Exception::Debug);
+                } else {
+                    v.dr6 &= !DR6_BS;
+                }
+                true
+            }
+            Exit::Exception { vector, error } => {
+                v.event_injection = u64::from(vector) | 3 << 8 | 1 << 31;
+                if matches!(vector, 8 | 10..=14 | 17 | 21) {
+                    v.event_injection |= 1 << 11 | error << 32;
+                }
+                if vector == 14 {
+                    v.cr2 = v.exit_info2;
+                }
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Raises an NMI on the next run.
     pub fn inject_nmi(&mut self) {
         self.vmcb.event_injection = 2 | 2 << 8 | 1 << 31;
@@ -211,6 +264,7 @@ fn decode(code: u64, info1: u64, info2: u64, gprs: &Gprs) -> Exit {
         exit_code::VMRUN | exit_code::INVLPGA | exit_code::VMLOAD..=exit_code::SKINIT => {
             Exit::VirtualizationInstruction
         }
+        exit_code::INVD => Exit::InvalidateCaches,
         exit_code::HLT => Exit::Halt,
         exit_code::INTR => Exit::Interrupt,
         exit_code::NMI => Exit::Nmi,
@@ -235,9 +289,15 @@ impl Vcpu for SvmVcpu<'_> {
     fn rip(&self) -> u64 {
         self.vmcb.rip
     }
-    fn set_rip(&mut self, rip: u64) {
-        self.vmcb.rip = rip;
-        self.vmcb.interrupt_shadow &= !1;
+    fn advance(&mut self, length: u64) {
+        let v = &mut self.vmcb;
+        // Zero where the CPU has no NRIPS.
+        v.rip = if v.next_rip != 0 { v.next_rip } else { v.rip.wrapping_add(length) };
+        v.interrupt_shadow &= !1;
+        if v.rflags & RFLAGS_TF != 0 {
+            v.dr6 |= DR6_BS;
+            self.inject(Exception::Debug);
+        }
     }
     fn control(&self) -> Control {
         Control { cr0: self.vmcb.cr0, cr3: self.vmcb.cr3, cr4: self.vmcb.cr4, efer: self.vmcb.efer }
@@ -323,6 +383,46 @@ mod tests {
             v.vmcb_mut().exit_int_info = 0;
             v.exit();
             assert_eq!(v.vmcb().event_injection, 0);
+        });
+    }
+
+    #[test]
+    fn a_stepped_instruction_traps_and_others_do_not() {
+        with_vcpu(Role::Guest, |v| {
+            v.vmcb_mut().rip = 0x100;
+            v.advance(2);
+            assert_eq!((v.rip(), v.vmcb().event_injection), (0x102, 0));
+            v.vmcb_mut().rflags |= RFLAGS_TF;
+            v.vmcb_mut().next_rip = 0x107;
+            v.advance(2);
+            assert_eq!((v.rip(), v.vmcb().event_injection & 0xff), (0x107, 1));
+        });
+    }
+
+    #[test]
+    fn a_step_leaves_no_trace_in_flags_and_intercepts() {
+        with_vcpu(Role::Guest, |v| {
+            v.vmcb_mut().rflags = 2 | RFLAGS_IF;
+            let intercepts = v.vmcb().intercept3;
+            v.begin_step();
+            assert_eq!(v.vmcb().rflags & (RFLAGS_IF | RFLAGS_TF), RFLAGS_TF);
+            v.vmcb_mut().dr6 |= DR6_BS;
+            assert!(v.end_step(Exit::Exception { vector: 1, error: 0 }));
+            assert_eq!(v.vmcb().rflags, 2 | RFLAGS_IF);
+            assert_eq!((v.vmcb().dr6 & DR6_BS, v.vmcb().event_injection), (0, 0));
+            assert_eq!((v.vmcb().intercept3, v.vmcb().intercept_exceptions), (intercepts, 0));
+            assert!(!v.end_step(Exit::Smi), "no step, nothing to end");
+        });
+    }
+
+    #[test]
+    fn a_fault_in_a_step_is_the_guests() {
+        with_vcpu(Role::Guest, |v| {
+            v.begin_step();
+            v.vmcb_mut().exit_info2 = 0x1234;
+            assert!(v.end_step(Exit::Exception { vector: 14, error: 2 }));
+            assert_eq!(v.vmcb().event_injection, 14 | 3 << 8 | 1 << 11 | 1 << 31 | 2 << 32);
+            assert_eq!(v.vmcb().cr2, 0x1234);
         });
     }
 

@@ -1,0 +1,293 @@
+//! The guest's first moment: where its kernel, boot data and tables go, and the registers it starts with.
+
+use core::fmt;
+
+use firmware::linux::{self, BootParams, Kernel, LinuxError, Placement};
+use firmware::memmap::{CarveOut, GuestMap, MapError, MemoryMap, Use};
+use firmware::tables::{self, FirmwareTables, GuestInput, HypercallInsn, thunk_page};
+use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
+use hv::io::PhysMem;
+use hv::radix::{self, MemoryType, PageSize, Rights, STAGE1, TablePool, Tables};
+
+use crate::inputs::Inputs;
+
+/// Why the guest cannot be set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BootError {
+    /// The EFI memory map.
+    Map(MapError),
+    /// The kernel.
+    Linux(LinuxError),
+    /// Page tables for the guest's first instructions.
+    Tables(radix::Error),
+    /// No free memory for the guest's boot data.
+    NoRoom {
+        /// Bytes wanted.
+        size: u64,
+    },
+    /// Memory that the map calls RAM cannot be accessed.
+    Memory(PhysRange),
+}
+
+impl fmt::Display for BootError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Map(e) => write!(f, "{e}"),
+            Self::Linux(e) => write!(f, "{e}"),
+            Self::Tables(e) => write!(f, "guest boot tables: {e}"),
+            Self::NoRoom { size } => write!(f, "no {size} bytes of free memory for the guest's boot data"),
+            Self::Memory(r) => write!(f, "cannot access {r}, which the memory map calls RAM"),
+        }
+    }
+}
+
+impl From<MapError> for BootError {
+    fn from(e: MapError) -> Self {
+        Self::Map(e)
+    }
+}
+impl From<LinuxError> for BootError {
+    fn from(e: LinuxError) -> Self {
+        Self::Linux(e)
+    }
+}
+impl From<radix::Error> for BootError {
+    fn from(e: radix::Error) -> Self {
+        Self::Tables(e)
+    }
+}
+
+/// Bytes for the guest's EFI memory map.
+const MAP_AREA: u64 = (firmware::memmap::MAX_GUEST_DESCRIPTORS * 40) as u64;
+/// Page tables for the first 4 GiB in 2 MiB pages.
+const BOOT_TABLES: u64 = 6 * PAGE_SIZE;
+/// Stack for the guest's first instructions.
+const BOOT_STACK: u64 = PAGE_SIZE;
+/// All of the boot area but the command line.
+const FIXED_AREA: u64 = 2 * PAGE_SIZE + BOOT_STACK + BOOT_TABLES + MAP_AREA.next_multiple_of(PAGE_SIZE);
+/// Bytes for the guest's EFI tables and what they point to.
+///
+/// One page of tables, and both kinds of SMBIOS copies.
+pub const TABLES_AREA: u64 = PAGE_SIZE + 2 * SMBIOS_AREA;
+/// Bytes for one SMBIOS copy.
+pub const SMBIOS_AREA: u64 = (firmware::tables::SMBIOS_COPY_MAX as u64).next_multiple_of(PAGE_SIZE);
+
+/// Where the guest's boot data lies.
+pub struct Layout {
+    placement: Placement,
+    /// Zero page, GDT, stack, page tables, command line, EFI memory map, in this order.
+    boot: PhysRange,
+    /// Thunk page.
+    pub thunks: PhysRange,
+    /// EFI tables.
+    pub tables: PhysRange,
+    /// Memory that the sandbox works in: not the guest's.
+    pub sandbox: PhysRange,
+    /// The guest's memory.
+    pub map: GuestMap,
+}
+
+/// Registers at the guest's first instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Stack pointer.
+    pub rsp: u64,
+    /// Root of the identity map.
+    pub cr3: u64,
+    /// Base and limit of the GDT.
+    pub gdt: (u64, u32),
+    /// RSI: the zero page.
+    pub zero_page: u64,
+}
+
+/// Chooses places for everything in memory that the firmware's map says is free, clear of what was loaded.
+///
+/// `sandbox` is how many bytes the sandbox works in.
+pub fn plan(
+    inputs: &Inputs,
+    firmware_map: &MemoryMap,
+    kernel: &Kernel,
+    sandbox: u64,
+) -> Result<Layout, BootError> {
+    let reserved = [inputs.slb, inputs.region, inputs.launch_page, inputs.log]
+        .map(|range| CarveOut { range, usage: Use::Reserved });
+    let free = firmware_map.guest(&reserved)?;
+    let mut taken = heapless::Vec::<PhysRange, 10>::new();
+    for range in [Some(inputs.kernel), inputs.initrd, inputs.cmdline, inputs.config, Some(inputs.memory_map)]
+    {
+        // Five of ten places, the rest below.
+        let _ = range.map(|r| taken.push(r.page_outward()));
+    }
+    let placement = kernel.place(&free, &taken)?;
+    let _ = taken.push(placement.room);
+    let mut find = |size: u64| {
+        let within = PhysRange::from_last(linux::LOAD_MIN, FOUR_GIB.saturating_sub(1));
+        let range = within
+            .and_then(|within| free.find_free(size, PAGE_SIZE, &within, &taken))
+            .ok_or(BootError::NoRoom { size })?;
+        taken.push(range).map_err(|_| BootError::NoRoom { size })?;
+        Ok::<_, BootError>(range)
+    };
+    let cmdline = inputs.cmdline.map_or(0, |c| c.len()).saturating_add(1).next_multiple_of(PAGE_SIZE);
+    let boot = find(FIXED_AREA.saturating_add(cmdline))?;
+    let thunks = find(PAGE_SIZE)?;
+    let tables = find(TABLES_AREA)?;
+    let sandbox = find(sandbox)?;
+
+    let mut carve_outs = heapless::Vec::<CarveOut, 16>::new();
+    let loaded = [Some(placement.room), inputs.initrd, Some(boot)];
+    let all = reserved
+        .into_iter()
+        .chain(loaded.into_iter().flatten().map(|range| CarveOut { range, usage: Use::Loaded }))
+        .chain([
+            CarveOut { range: thunks, usage: Use::Thunks },
+            CarveOut { range: tables, usage: Use::Tables },
+            CarveOut { range: sandbox, usage: Use::Reserved },
+        ]);
+    for carve_out in all {
+        // Four, three and three: fewer than sixteen.
+        let _ = carve_outs.push(carve_out);
+    }
+    let map = firmware_map.guest(&carve_outs)?;
+    Ok(Layout { placement, boot, thunks, tables, sandbox, map })
+}
+
+/// Copies the kernel to its place and writes the boot data. `pool` gives pages of the layout's own boot area.
+pub fn write<P: TablePool>(
+    layout: &Layout,
+    inputs: &Inputs,
+    kernel: &Kernel,
+    mem: &impl PhysMem,
+    pool: impl FnOnce(PhysRange) -> P,
+) -> Result<Start, BootError> {
+    let mut next = layout.boot.start();
+    let mut take = |size: u64| {
+        let at = next;
+        next = next.saturating_add(size.next_multiple_of(PAGE_SIZE));
+        at
+    };
+    let zero_page = take(PAGE_SIZE);
+    let gdt = take(PAGE_SIZE);
+    let stack = take(BOOT_STACK);
+    let tables = take(BOOT_TABLES);
+    let map = take(MAP_AREA);
+    let cmdline = take(0);
+
+    let from = inputs.kernel.start().saturating_add(layout.placement.file_offset);
+    copy(mem, from, layout.placement.room.start(), layout.placement.file_len)?;
+    let mut cmdline_len = 0;
+    if let Some(source) = inputs.cmdline {
+        cmdline_len = source.len();
+        copy(mem, source.start(), cmdline, cmdline_len)?;
+    }
+    put(mem, cmdline.saturating_add(cmdline_len), &[0])?;
+
+    let mut efi_map = [0; MAP_AREA as usize];
+    let efi_size = layout.map.write_efi(&mut efi_map).unwrap_or(0);
+    put(mem, map, efi_map.get(..efi_size).unwrap_or_default())?;
+
+    let e820 = layout.map.e820()?;
+    let page = kernel.zero_page(&BootParams {
+        initrd: inputs.initrd,
+        cmdline,
+        cmdline_len,
+        e820: &e820,
+        efi_system_table: layout.tables.start(),
+        efi_memory_map: PhysRange::new(map, efi_size as u64).ok_or(BootError::NoRoom { size: 0 })?,
+        acpi_rsdp: inputs.acpi_rsdp,
+        screen_info: &linux::screen_info(&inputs.screen_info, &layout.map),
+    })?;
+    put(mem, zero_page, &page)?;
+
+    // Null, null, 64-bit code at 10h, data at 18h, as the boot protocol wants them.
+    let descriptors: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+    for (at, descriptor) in (gdt..).step_by(8).zip(descriptors) {
+        put(mem, at, &descriptor.to_le_bytes())?;
+    }
+
+    let area = PhysRange::new(tables, BOOT_TABLES).ok_or(BootError::NoRoom { size: BOOT_TABLES })?;
+    let mut pool = pool(area);
+    let identity = Tables::new(&STAGE1, 4, PageSize::Size2M, &mut pool)?;
+    if let Some(all) = PhysRange::from_last(0, FOUR_GIB.saturating_sub(1)) {
+        identity.map_identity(&mut pool, all, Rights::all(), MemoryType::WriteBack)?;
+    }
+    Ok(Start {
+        rip: layout.placement.entry,
+        rsp: stack.saturating_add(BOOT_STACK),
+        cr3: identity.root(),
+        gdt: (gdt, 31),
+        zero_page,
+    })
+}
+
+/// Writes the thunk page, the guest's EFI tables and its copies of SMBIOS. `scratch` has room for one copy.
+///
+/// A firmware whose SMBIOS tables cannot be copied costs the guest those tables, with a warning.
+pub fn write_efi(
+    layout: &Layout,
+    firmware: &FirmwareTables,
+    firmware_map: &MemoryMap,
+    rt_properties: u32,
+    scratch: &mut [u8],
+    mem: &impl PhysMem,
+) -> Result<(), BootError> {
+    put(mem, layout.thunks.start(), &thunk_page(HypercallInsn::Vmmcall))?;
+    let mut next = layout.tables.start().saturating_add(PAGE_SIZE);
+    let mut copy_of = |guid| -> Result<Option<u64>, BootError> {
+        let Some(entry) = firmware.config(guid) else { return Ok(None) };
+        let at = next;
+        match tables::copy_smbios(mem, entry, at, scratch) {
+            Ok(used) => {
+                put(mem, at, scratch.get(..used).unwrap_or_default())?;
+                next = next.saturating_add(SMBIOS_AREA);
+                Ok(Some(at))
+            }
+            Err(error) => {
+                log::warn!("SMBIOS is not passed on: {error}");
+                Ok(None)
+            }
+        }
+    };
+    let smbios = copy_of(tables::SMBIOS)?;
+    let smbios3 = copy_of(tables::SMBIOS3)?;
+    let page = tables::guest_tables(&GuestInput {
+        firmware,
+        map: firmware_map,
+        at: layout.tables.start(),
+        data: layout.tables,
+        thunks: layout.thunks.start(),
+        rt_properties,
+        rsdp: None,
+        smbios,
+        smbios3,
+    });
+    put(mem, layout.tables.start(), &page)
+}
+
+fn put(mem: &impl PhysMem, at: u64, bytes: &[u8]) -> Result<(), BootError> {
+    if bytes.is_empty() || mem.write(at, bytes) {
+        return Ok(());
+    }
+    let range = PhysRange::new(at, bytes.len() as u64);
+    Err(range.map_or(BootError::NoRoom { size: 0 }, BootError::Memory))
+}
+
+/// Copies `len` bytes by pieces.
+fn copy(mem: &impl PhysMem, from: u64, to: u64, len: u64) -> Result<(), BootError> {
+    let mut piece = [0; 4096];
+    let mut done = 0;
+    while done < len {
+        let now = usize::try_from(len.saturating_sub(done)).unwrap_or(usize::MAX).min(piece.len());
+        let part = piece.get_mut(..now).unwrap_or_default();
+        let source = from.saturating_add(done);
+        if !mem.read(source, part) {
+            let range = PhysRange::new(source, now as u64);
+            return Err(range.map_or(BootError::NoRoom { size: 0 }, BootError::Memory));
+        }
+        put(mem, to.saturating_add(done), part)?;
+        done = done.saturating_add(now as u64);
+    }
+    Ok(())
+}

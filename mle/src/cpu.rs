@@ -1,0 +1,213 @@
+//! A CPU under the MLE's control: its stacks, descriptor tables and SVM state, and the world switch's contract.
+//!
+//! UNSAFETY: turning SVM on, and the instructions of [`svm::insn`], whose preconditions hold because a [`Cpu`] exists.
+#![expect(unsafe_code, reason = "the hardware edge")]
+
+use core::sync::atomic::Ordering;
+
+use hv::addr::PAGE_SIZE;
+use hv::io::Msr;
+use hv::radix::Tables;
+use hv::vcpu::{Exit, Vcpu};
+use svm::defs::{EFER_SVME, Vmcb};
+use svm::vcpu::SvmVcpu;
+
+use crate::guest::cpuid::Leaf;
+use crate::guest::exits::Hardware;
+use crate::guest::msr;
+use crate::metal::Msrs;
+use crate::paging;
+use crate::pool::PagePool;
+use crate::trap::{self, Arrived, IST_STACKS};
+
+const VM_CR: u32 = 0xc001_0114;
+const VM_HSAVE_PA: u32 = 0xc001_0117;
+/// VM_CR.R_INIT: an INIT becomes #SX instead of a reset that would leave the MLE.
+const VM_CR_R_INIT: u64 = 1 << 1;
+/// Pages of an interrupt stack, under a guard page.
+const IST_PAGES: u64 = 2;
+
+/// The memory that a CPU needs, allocated before it starts.
+pub struct CpuMemory {
+    tables: &'static mut trap::Tables,
+    arrived: &'static Arrived,
+    stacks: [u64; IST_STACKS],
+    host_save: u64,
+    vmload_area: u64,
+    /// Its guest VMCB.
+    pub vmcb: &'static mut Vmcb,
+}
+
+impl CpuMemory {
+    /// Takes pages for one CPU; guard pages under stacks are unmapped from `own`, once that is known.
+    pub fn new(pool: &mut PagePool) -> Option<Self> {
+        let block = pool.pages(
+            const { (size_of::<trap::Tables>() + size_of::<Arrived>()).div_ceil(PAGE_SIZE as usize) } as u64,
+        )?;
+        let mut stacks = [0; IST_STACKS];
+        for top in &mut stacks {
+            let guard = pool.pages(IST_PAGES + 1)?;
+            *top = guard.checked_add((IST_PAGES + 1) * PAGE_SIZE)?;
+        }
+        let arrived_at = block.checked_add(size_of::<trap::Tables>() as u64)?;
+        Some(Self {
+            // SAFETY: fresh zeroed pages, aligned to more than both types ask; zeros are valid for both.
+            tables: unsafe { &mut *(block as *mut trap::Tables) },
+            // SAFETY: as above, behind the tables, whose size is a multiple of their alignment.
+            arrived: unsafe { &*(arrived_at as *const Arrived) },
+            stacks,
+            host_save: pool.pages(1)?,
+            vmload_area: pool.pages(1)?,
+            vmcb: pool.object()?,
+        })
+    }
+
+    /// Unmaps the guard pages.
+    pub fn guard(&self, pool: &mut PagePool, own: &Tables) -> Result<(), hv::radix::Error> {
+        for top in self.stacks {
+            paging::guard(pool, own, top.wrapping_sub((IST_PAGES + 1) * PAGE_SIZE))?;
+        }
+        Ok(())
+    }
+}
+
+/// The running CPU with SVM on.
+pub struct Cpu {
+    arrived: &'static Arrived,
+    host_save: u64,
+    vmload_area: u64,
+    msrs: Msrs,
+    efer_bits: u64,
+    guarded_init: bool,
+}
+
+impl Cpu {
+    /// Loads this CPU's descriptor tables. Gives what [`Cpu::enable_svm`] needs, and the VMCB.
+    ///
+    /// # Safety
+    /// On bare metal at CPL 0, GIF clear, once for each CPU; `first` on the BSP before the others run.
+    pub unsafe fn load(memory: CpuMemory, first: bool) -> (Self, &'static mut Vmcb) {
+        // SAFETY: `CpuMemory::new` took the pages for this CPU alone, for ever.
+        unsafe { memory.tables.load(memory.arrived, memory.stacks, first) };
+        let cpu = Self {
+            arrived: memory.arrived,
+            host_save: memory.host_save,
+            vmload_area: memory.vmload_area,
+            // SAFETY: the caller's promise; this module keeps EFER and CR0 consistent.
+            msrs: unsafe { Msrs::new() },
+            efer_bits: msr::efer_bits(native_cpuid),
+            guarded_init: false,
+        };
+        (cpu, memory.vmcb)
+    }
+
+    /// Turns SVM on.
+    pub fn enable_svm(&mut self) {
+        let efer = self.msrs.rdmsr(msr::EFER);
+        self.msrs.wrmsr(msr::EFER, efer | EFER_SVME);
+        // SAFETY: SVME was set above. SKINIT left GIF clear already; an AP that firmware started has it set.
+        unsafe { svm::insn::clgi() };
+        self.msrs.wrmsr(VM_HSAVE_PA, self.host_save);
+        let vm_cr = self.msrs.rdmsr(VM_CR);
+        self.msrs.wrmsr(VM_CR, vm_cr | VM_CR_R_INIT);
+        self.guarded_init = self.msrs.rdmsr(VM_CR) & VM_CR_R_INIT != 0;
+        // SAFETY: SVME is set; the page is this CPU's alone.
+        unsafe { svm::insn::vmsave(self.vmload_area) };
+    }
+
+    /// Whether an INIT that gets through becomes #SX. False on CPUs without VM_CR.R_INIT: there INIT resets.
+    pub fn redirects_init(&self) -> bool {
+        self.guarded_init
+    }
+
+    /// Runs `vcpu` until it exits.
+    pub fn run(&mut self, vcpu: &mut SvmVcpu<'_>) -> Exit {
+        if self.arrived.nmi.swap(false, Ordering::Relaxed) {
+            vcpu.inject_nmi();
+        }
+        vcpu.prepare();
+        let (gprs, vmcb) = vcpu.parts();
+        // SAFETY: SVM is on (`enable_svm` comes before any run), GIF is clear but for `let_pending_in`; the VMCB's
+        // nested tables leave out the MLE (checked where they are built), and the VMLOAD area is this CPU's.
+        unsafe { svm::insn::vmrun(gprs, vmcb, self.vmload_area) };
+        vcpu.exit()
+    }
+
+    /// Lets pending SMI, NMI and INIT be taken here, in the host.
+    pub fn let_pending_in(&mut self) {
+        // SAFETY: SVM is on and this CPU's IDT handles NMI and #SX; interrupts are off.
+        unsafe {
+            svm::insn::stgi();
+            svm::insn::clgi();
+        }
+    }
+
+    /// Waits for an interrupt of any kind; one that arrived before the call ends it too.
+    pub fn doze(&mut self) {
+        // SAFETY: as for `let_pending_in`; STI holds interrupts until HLT waits, so a wake-up cannot be lost.
+        unsafe {
+            svm::insn::stgi();
+            core::arch::asm!("sti", "hlt", "cli", options(nostack));
+            svm::insn::clgi();
+        }
+    }
+
+    /// Whether a redirected INIT has come since last asked.
+    pub fn init_arrived(&self) -> bool {
+        self.arrived.init.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// CPUID.
+pub fn native_cpuid(leaf: u32, subleaf: u32) -> Leaf {
+    let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+    [r.eax, r.ebx, r.ecx, r.edx]
+}
+
+impl Hardware for Cpu {
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> Leaf {
+        native_cpuid(leaf, subleaf)
+    }
+    fn rdmsr(&self, index: u32) -> u64 {
+        self.msrs.rdmsr(index)
+    }
+    fn wrmsr(&self, index: u32, value: u64) {
+        self.msrs.wrmsr(index, value);
+    }
+    fn tsc(&self) -> u64 {
+        // SAFETY: RDTSC reads a counter.
+        unsafe { x86::time::rdtsc() }
+    }
+    fn write_back_caches(&self) {
+        // SAFETY: WBINVD at CPL 0 loses nothing.
+        unsafe { core::arch::asm!("wbinvd", options(nostack)) }
+    }
+    fn efer_bits(&self) -> u64 {
+        self.efer_bits
+    }
+}
+
+/// Where a virtual CPU stands, for reports.
+pub fn describe(vcpu: &SvmVcpu<'_>) -> impl core::fmt::Display + use<> {
+    let (c, rip, cpl) = (vcpu.control(), vcpu.rip(), vcpu.cpl());
+    Description { rip, cr0: c.cr0, cr3: c.cr3, cr4: c.cr4, efer: c.efer, cpl }
+}
+
+struct Description {
+    rip: u64,
+    cr0: u64,
+    cr3: u64,
+    cr4: u64,
+    efer: u64,
+    cpl: u8,
+}
+
+impl core::fmt::Display for Description {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(
+            f,
+            "rip {:#x} cpl {} cr0 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
+            self.rip, self.cpl, self.cr0, self.cr3, self.cr4, self.efer
+        )
+    }
+}

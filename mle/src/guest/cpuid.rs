@@ -1,0 +1,85 @@
+//! CPUID as the guest sees it: the CPU's own, without virtualization and memory encryption, with Cordon's leaves.
+
+use hv::vcpu::Control;
+
+/// EAX, EBX, ECX, EDX.
+pub type Leaf = [u32; 4];
+
+/// First of Cordon's leaves, in the range that hypervisors use.
+pub const BASE: u32 = 0x4000_0000;
+/// Last of them.
+pub const LAST: u32 = BASE + 1;
+/// Leaf [`BASE`]: EBX, ECX, EDX.
+pub const SIGNATURE: &[u8; 12] = b"CordonMLE   ";
+/// Leaf [`BASE`] + 1, EAX: version of this interface.
+pub const INTERFACE: u32 = 1;
+/// Leaf [`BASE`] + 1, EBX bit 0: EFI runtime services are mediated.
+pub const FEATURE_FIRMWARE: u32 = 1 << 0;
+
+const CR4_OSXSAVE: u64 = 1 << 18;
+const CR4_PKE: u64 = 1 << 22;
+
+/// The guest's view of `leaf`. `native` executes CPUID; `control` is the guest's: two leaves mirror CR4 bits, and
+/// the CPU would show the MLE's.
+///
+/// Spec: \[APM3\] "Function 1h", "Function 7h", "Function 8000_0001h", "Function 8000_000Ah", "Function 8000_001Fh".
+pub fn cpuid(leaf: u32, subleaf: u32, control: &Control, native: impl Fn(u32, u32) -> Leaf) -> Leaf {
+    let mirror = |value: u32, bit: u32, on: bool| if on { value | bit } else { value & !bit };
+    match leaf {
+        BASE => {
+            let word = |at: usize| {
+                SIGNATURE
+                    .get(at..)
+                    .and_then(|s| s.first_chunk::<4>())
+                    .map_or(0, |bytes| u32::from_le_bytes(*bytes))
+            };
+            [LAST, word(0), word(4), word(8)]
+        }
+        LAST => [INTERFACE, FEATURE_FIRMWARE, 0, 0],
+        0x4000_0002..=0x4fff_ffff => [0; 4],
+        // Hidden whole: SVM and memory encryption, which would let the guest re-key what the MLE measured.
+        0x8000_000a | 0x8000_001f => [0; 4],
+        _ => {
+            let [a, b, c, d] = native(leaf, subleaf);
+            let c = match leaf {
+                1 => mirror(c | 1 << 31, 1 << 27, control.cr4 & CR4_OSXSAVE != 0),
+                7 if subleaf == 0 => mirror(c, 1 << 4, control.cr4 & CR4_PKE != 0),
+                // SVM, SKINIT.
+                0x8000_0001 => c & !(1 << 2 | 1 << 12),
+                _ => c,
+            };
+            [a, b, c, d]
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONTROL: Control = Control { cr0: 0, cr3: 0, cr4: 0, efer: 0 };
+
+    fn all_ones(_: u32, _: u32) -> Leaf {
+        [u32::MAX; 4]
+    }
+
+    #[test]
+    fn virtualization_is_hidden_and_the_hypervisor_is_announced() {
+        assert_eq!(cpuid(0x8000_000a, 0, &CONTROL, all_ones), [0; 4]);
+        assert_eq!(cpuid(0x8000_0001, 0, &CONTROL, all_ones)[2] & 0x1004, 0);
+        assert_ne!(cpuid(1, 0, &CONTROL, |_, _| [0; 4])[2] & 1 << 31, 0);
+        let [last, b, c, d] = cpuid(BASE, 0, &CONTROL, all_ones);
+        let name: Vec<u8> = [b, c, d].iter().flat_map(|w| w.to_le_bytes()).collect();
+        assert_eq!((last, name.as_slice()), (LAST, b"CordonMLE   ".as_slice()));
+    }
+
+    #[test]
+    fn bits_that_mirror_cr4_are_the_guests() {
+        let on = Control { cr4: CR4_OSXSAVE | CR4_PKE, ..CONTROL };
+        assert_eq!(cpuid(1, 0, &CONTROL, all_ones)[2] & 1 << 27, 0);
+        assert_ne!(cpuid(1, 0, &on, |_, _| [0; 4])[2] & 1 << 27, 0);
+        assert_eq!(cpuid(7, 0, &CONTROL, all_ones)[2] & 1 << 4, 0);
+        assert_ne!(cpuid(7, 0, &on, |_, _| [0; 4])[2] & 1 << 4, 0);
+        assert_eq!(cpuid(7, 1, &CONTROL, all_ones)[2], u32::MAX);
+    }
+}

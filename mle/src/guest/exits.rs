@@ -1,0 +1,212 @@
+//! One exit of the guest, answered.
+
+use hv::vcpu::{Access, Exception, Exit, Gprs, Vcpu};
+
+use super::cpuid::{self, Leaf};
+use super::msr::{self, Answer};
+
+/// What answers need of the CPU that the guest runs on.
+pub trait Hardware {
+    /// CPUID.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> Leaf;
+    /// RDMSR of a register that [`msr`] knows to exist.
+    fn rdmsr(&self, index: u32) -> u64;
+    /// WRMSR of such a register.
+    fn wrmsr(&self, index: u32, value: u64);
+    /// RDTSC.
+    fn tsc(&self) -> u64;
+    /// WBINVD.
+    fn write_back_caches(&self);
+    /// EFER bits of this CPU, see [`msr::efer_bits`].
+    fn efer_bits(&self) -> u64;
+}
+
+/// What the run loop does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Run the guest again.
+    Resume,
+    /// The guest called a runtime service.
+    Firmware,
+    /// The guest touched the APIC page while it is watched.
+    Apic {
+        /// Offset in the page.
+        offset: u32,
+        /// What was tried.
+        access: Access,
+    },
+    /// Let a pending SMI be taken in the host.
+    Smi,
+    /// Let a pending NMI be taken in the host; the guest gets it.
+    Nmi,
+    /// The guest's CPU is to wait for a Startup IPI.
+    Init,
+    /// The guest shut down (triple fault).
+    Shutdown,
+    /// The guest touched what it may not have: recorded, and the guest took the exception.
+    Refused {
+        /// Guest-physical address.
+        gpa: u64,
+        /// What was tried.
+        access: Access,
+    },
+    /// Nothing that this MLE asked for: the end of the launch.
+    Fatal(Exit),
+}
+
+/// Length of CPUID, RDMSR, WRMSR and INVD without prefixes, where the CPU does not tell.
+const TWO_BYTES: u64 = 2;
+
+/// Answers `exit`. `apic` is the address of the APIC page while it is watched.
+pub fn answer(vcpu: &mut impl Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<u64>) -> Next {
+    match exit {
+        Exit::Cpuid => {
+            let (leaf, subleaf) = (vcpu.gprs().rax as u32, vcpu.gprs().rcx as u32);
+            let [a, b, c, d] = cpuid::cpuid(leaf, subleaf, &vcpu.control(), |l, s| hw.cpuid(l, s));
+            let g: &mut Gprs = vcpu.gprs_mut();
+            (g.rax, g.rbx, g.rcx, g.rdx) = (a.into(), b.into(), c.into(), d.into());
+            vcpu.advance(TWO_BYTES);
+            Next::Resume
+        }
+        Exit::MsrRead { index } => finish_msr(msr::read(vcpu, index), vcpu, || ()),
+        Exit::MsrWrite { index, value } => {
+            let answer = msr::write(vcpu, index, value, || hw.rdmsr(index), hw.tsc(), hw.efer_bits());
+            finish_msr(answer, vcpu, || hw.wrmsr(index, value))
+        }
+        Exit::Memory { gpa, access, .. } => match apic {
+            Some(page) if gpa & !0xfff == page && access != Access::Fetch => {
+                Next::Apic { offset: (gpa & 0xfff) as u32, access }
+            }
+            _ => {
+                // No device answers there, and for the guest's kernel it is a fault it can attribute.
+                vcpu.inject(Exception::GeneralProtection);
+                Next::Refused { gpa, access }
+            }
+        },
+        Exit::Hypercall => Next::Firmware,
+        Exit::VirtualizationInstruction => {
+            vcpu.inject(Exception::InvalidOpcode);
+            Next::Resume
+        }
+        Exit::InvalidateCaches => {
+            hw.write_back_caches();
+            vcpu.advance(TWO_BYTES);
+            Next::Resume
+        }
+        Exit::Smi => Next::Smi,
+        Exit::Nmi => Next::Nmi,
+        Exit::Init => Next::Init,
+        Exit::Shutdown => Next::Shutdown,
+        Exit::Port { .. }
+        | Exit::Halt
+        | Exit::Interrupt
+        | Exit::Exception { .. }
+        | Exit::InvalidState
+        | Exit::Unexpected { .. } => Next::Fatal(exit),
+    }
+}
+
+fn finish_msr(answer: Answer, vcpu: &mut impl Vcpu, forward: impl FnOnce()) -> Next {
+    match answer {
+        Answer::Value(value) => {
+            let g = vcpu.gprs_mut();
+            (g.rax, g.rdx) = (value & 0xffff_ffff, value >> 32);
+            vcpu.advance(TWO_BYTES);
+        }
+        Answer::Done => vcpu.advance(TWO_BYTES),
+        Answer::Forward => {
+            forward();
+            vcpu.advance(TWO_BYTES);
+        }
+        Answer::Fault => vcpu.inject(Exception::GeneralProtection),
+    }
+    Next::Resume
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::FakeVcpu;
+    use core::cell::Cell;
+
+    #[derive(Default)]
+    struct FakeHardware {
+        msr: Cell<(u32, u64)>,
+    }
+    impl Hardware for FakeHardware {
+        fn cpuid(&self, leaf: u32, subleaf: u32) -> Leaf {
+            [leaf, subleaf, 0, 0]
+        }
+        fn rdmsr(&self, _: u32) -> u64 {
+            0
+        }
+        fn wrmsr(&self, index: u32, value: u64) {
+            self.msr.set((index, value));
+        }
+        fn tsc(&self) -> u64 {
+            0
+        }
+        fn write_back_caches(&self) {}
+        fn efer_bits(&self) -> u64 {
+            0xd01
+        }
+    }
+
+    #[test]
+    fn every_exit_a_guest_can_cause_leaves_the_mle_running() {
+        let memory = Exit::Memory { gpa: 0x1000, access: Access::Write, table_walk: true };
+        let exits = [
+            Exit::Cpuid,
+            Exit::MsrRead { index: 0x4000_0000 },
+            Exit::MsrWrite { index: 0xc001_0117, value: 1 },
+            memory,
+            Exit::Hypercall,
+            Exit::VirtualizationInstruction,
+            Exit::InvalidateCaches,
+            Exit::Smi,
+            Exit::Init,
+            Exit::Shutdown,
+        ];
+        for exit in exits {
+            let next = answer(&mut FakeVcpu::default(), exit, &FakeHardware::default(), None);
+            assert!(!matches!(next, Next::Fatal(_)), "{exit}");
+        }
+    }
+
+    #[test]
+    fn a_hole_gives_the_guest_a_fault_and_the_log_a_record() {
+        let mut v = FakeVcpu::default();
+        let exit = Exit::Memory { gpa: 0xfed4_2000, access: Access::Read, table_walk: false };
+        let next = answer(&mut v, exit, &FakeHardware::default(), Some(0xfee0_0000));
+        assert_eq!(next, Next::Refused { gpa: 0xfed4_2000, access: Access::Read });
+        assert_eq!((v.injected, v.rip), (Some(Exception::GeneralProtection), 0x1000));
+    }
+
+    #[test]
+    fn the_apic_page_is_special_only_while_it_is_watched() {
+        let exit = Exit::Memory { gpa: 0xfee0_0300, access: Access::Write, table_walk: false };
+        let hw = FakeHardware::default();
+        let watched = answer(&mut FakeVcpu::default(), exit, &hw, Some(0xfee0_0000));
+        assert_eq!(watched, Next::Apic { offset: 0x300, access: Access::Write });
+        assert!(matches!(answer(&mut FakeVcpu::default(), exit, &hw, None), Next::Refused { .. }));
+    }
+
+    #[test]
+    fn cpuid_advances_and_clears_the_high_halves() {
+        let mut v = FakeVcpu::default();
+        v.gprs.rax = 0xffff_ffff_0000_0005;
+        answer(&mut v, Exit::Cpuid, &FakeHardware::default(), None);
+        assert_eq!((v.gprs.rax, v.rip), (5, 0x1002));
+    }
+
+    #[test]
+    fn a_forwarded_write_reaches_the_cpu_and_a_faulting_one_does_not() {
+        let hw = FakeHardware::default();
+        let mut v = FakeVcpu::default();
+        answer(&mut v, Exit::MsrWrite { index: 0xc001_0015, value: 1 << 18 }, &hw, None);
+        assert_eq!((hw.msr.get(), v.injected), ((0xc001_0015, 1 << 18), None));
+        answer(&mut v, Exit::MsrWrite { index: 0xc001_0015, value: 1 }, &hw, None);
+        assert_eq!(hw.msr.get(), (0xc001_0015, 1 << 18));
+        assert_eq!(v.injected, Some(Exception::GeneralProtection));
+    }
+}

@@ -1,0 +1,442 @@
+//! The launch, in order: inputs, own tables, measurements, DMA, guest.
+//!
+//! UNSAFETY: here the promises of the hardware edge are given: what is mapped, what belongs to whom.
+#![expect(unsafe_code, reason = "makes the windows, pools and accessors that the rest uses safely")]
+
+use core::convert::Infallible;
+use core::fmt;
+use core::sync::atomic::Ordering;
+
+use firmware::config::{Config, ConfigError};
+use firmware::linux::{HEADER_BYTES, Kernel, LinuxError};
+use firmware::memmap::{MapError, MemoryMap, MemoryType as EfiType};
+use firmware::tables::{FirmwareTables, TablesError};
+use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
+use hv::io::PhysMem;
+use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, event};
+use hv::radix::{self, AMD_VI, NPT, PageSize, Tables};
+use hv::space::{self, AddressSpace, Hole, Kind, View};
+use hv::vcpu::Vcpu;
+use iommu::amd_vi::{AmdVi, DmaArea, Interrupts, Root};
+use iommu::ivrs::Ivrs;
+use log::info;
+use svm::maps::{Iopm, Msrpm};
+use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
+
+use crate::apic::Xapic;
+use crate::boot::{self, BootError, Layout};
+use crate::cpu::{Cpu, CpuMemory};
+use crate::guest::apic_window::ApicWindow;
+use crate::inputs::{self, InputError, Inputs};
+use crate::measure::{MeasureError, Measurer, TPM_BASE, TPM_CLOSED, TPM_SIZE};
+use crate::metal::{Identity, PhysWindow, Ports, TscClock};
+use crate::platform::Machine;
+use crate::pool::PagePool;
+use crate::smp::{Setup, SmpError};
+use crate::{apic, fatal, guest, logger, paging, run, smp, trap};
+
+/// Memory that the sandbox works in: its tables, stack and call buffer.
+const SANDBOX_SIZE: u64 = 64 * PAGE_SIZE;
+
+/// Where the parts of the running image are.
+#[derive(Clone, Copy, Debug)]
+pub struct Image {
+    /// First byte: header and code.
+    pub start: u64,
+    /// First byte of read-only data.
+    pub rodata: u64,
+    /// First byte of writable data.
+    pub data: u64,
+    /// End of what the file holds.
+    pub file_end: u64,
+    /// End of the memory that the image uses.
+    pub end: u64,
+}
+
+/// Why the launch failed.
+#[derive(Debug)]
+pub enum LaunchError<'a> {
+    /// What the loader handed over.
+    Input(InputError),
+    /// The EFI memory map.
+    Map(MapError),
+    /// The configuration.
+    Config(ConfigError<'a>),
+    /// The kernel.
+    Linux(LinuxError),
+    /// Guest set-up.
+    Boot(BootError),
+    /// A measurement.
+    Measure(MeasureError),
+    /// An ACPI table.
+    Acpi(iommu::acpi::Error),
+    /// DMA protection.
+    Iommu(iommu::amd_vi::Error),
+    /// Page tables.
+    Tables(radix::Error),
+    /// Two owners of one page.
+    Space(space::Error),
+    /// The firmware's EFI tables.
+    Efi(TablesError),
+    /// The MLE region is used up.
+    OutOfMemory(&'static str),
+    /// The other CPUs.
+    Smp(SmpError),
+    /// The CPU lacks something.
+    Cpu(&'static str),
+}
+
+impl fmt::Display for LaunchError<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Input(e) => write!(f, "{e}"),
+            Self::Map(e) => write!(f, "{e}"),
+            Self::Config(e) => write!(f, "configuration: {e}"),
+            Self::Linux(e) => write!(f, "{e}"),
+            Self::Boot(e) => write!(f, "{e}"),
+            Self::Measure(e) => write!(f, "{e}"),
+            Self::Acpi(e) => write!(f, "{e}"),
+            Self::Iommu(e) => write!(f, "IOMMU: {e}"),
+            Self::Tables(e) => write!(f, "page tables: {e}"),
+            Self::Space(e) => write!(f, "address space: {e}"),
+            Self::Efi(e) => write!(f, "{e}"),
+            Self::OutOfMemory(what) => write!(f, "the MLE region has no room left for {what}"),
+            Self::Smp(e) => write!(f, "{e}"),
+            Self::Cpu(what) => write!(f, "this CPU {what}"),
+        }
+    }
+}
+
+macro_rules! from_error {
+    ($($ty:ty => $variant:ident;)*) => {$(
+        impl From<$ty> for LaunchError<'_> {
+            fn from(e: $ty) -> Self {
+                Self::$variant(e)
+            }
+        }
+    )*};
+}
+from_error! {
+    InputError => Input;
+    MapError => Map;
+    LinuxError => Linux;
+    BootError => Boot;
+    MeasureError => Measure;
+    iommu::acpi::Error => Acpi;
+    iommu::amd_vi::Error => Iommu;
+    radix::Error => Tables;
+    space::Error => Space;
+    SmpError => Smp;
+    TablesError => Efi;
+}
+
+/// Runs the launch; the end of it is the run loop.
+///
+/// # Safety
+/// Called once, by the image's entry code, on the BSP at CPL 0 with GIF clear, in an identity map of 0 to 4 GiB.
+pub unsafe fn start(handoff: &Handoff, image: Image) -> ! {
+    trap::on_fatal(fatal::exception);
+    let mut config = [0; inputs::MAX_CONFIG as usize];
+    match launch(handoff, image, &mut config) {
+        Ok(never) => match never {},
+        Err(error) => fatal::stop(format_args!("launch: {error}")),
+    }
+}
+
+fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<Infallible, LaunchError<'a>> {
+    let clock = TscClock { khz: handoff.tsc_khz.max(1) };
+    logger::init(clock);
+    info!("Cordon {} in control", env!("CARGO_PKG_VERSION"));
+
+    // SAFETY: the SLB stage's tables map 0 to 4 GiB; everything of ours lies in the region.
+    let mem = unsafe { Identity::new(FOUR_GIB, (handoff.region_base, handoff.region_size)) };
+    let image_range = PhysRange::from_last(image.start, image.end.saturating_sub(1))
+        .ok_or(LaunchError::OutOfMemory("the image"))?;
+    let inputs = inputs::read(handoff, image_range, &mem)?;
+    let map = read_memory_map(&inputs, &mem)?;
+    let ram_end = map
+        .regions()
+        .iter()
+        .filter(|r| r.is_reusable() || r.is_runtime())
+        .map(|r| r.range.last().saturating_add(1))
+        .fold(FOUR_GIB, u64::max);
+
+    let free = PhysRange::from_last(image.end, inputs.dma_area.start().saturating_sub(1))
+        .ok_or(LaunchError::OutOfMemory("pages"))?;
+    // SAFETY: the region beyond the image, up to the DMA area, is nobody else's and mapped, now and later.
+    let mut pool = unsafe { PagePool::new(free) };
+
+    let mut ivrs = [0; 4096];
+    let ivrs_len = iommu::acpi::copy_table(&mem, inputs.acpi_rsdp, *b"IVRS", &mut ivrs)?;
+    let ivrs = ivrs.get(..ivrs_len).unwrap_or_default();
+
+    // Own tables: descriptor tables first, so that a fault while paging changes is reported.
+    let features = Features::read()?;
+    let memory = CpuMemory::new(&mut pool).ok_or(LaunchError::OutOfMemory("the first CPU"))?;
+    let own = own_tables(&mut pool, &image, &inputs, ivrs, ram_end, &features, &memory)?;
+    // SAFETY: bare metal, CPL 0, GIF clear, the first CPU, once.
+    let (mut cpu, vmcb) = unsafe { Cpu::load(memory, true) };
+    // SAFETY: the tables map image, stack, region and all RAM as the SLB's did, with fewer rights.
+    unsafe { paging::activate(own.root(), features.smep) };
+    info!("own page tables active, {} KiB of the region left", pool.left() / 1024);
+
+    // SAFETY: our tables map all RAM one to one for good.
+    let mem = unsafe { Identity::new(ram_end, (inputs.region.start(), inputs.region.len())) };
+    // SAFETY: bare metal, CPL 0.
+    let ports = unsafe { Ports::new() };
+    let machine = Machine { ports, clock, mem, mapped: FOUR_GIB };
+
+    let area = DmaArea::at_top_of(&inputs.region).ok_or(LaunchError::OutOfMemory("DMA protection"))?;
+    let keep_clear = [inputs.slb, inputs.region];
+    let mut iommus = AmdVi::take_over(&machine, ivrs, area, &keep_clear, handoff.iommu_count)?;
+    info!("{} IOMMU(s) deny all DMA", iommus.count());
+
+    // Measurements, before anything measured is used.
+    let log_pages = inputs.log.len().div_ceil(PAGE_SIZE);
+    let log_at = pool.pages(log_pages).ok_or(LaunchError::OutOfMemory("the event log"))?;
+    let log_size = usize::try_from(inputs.log.len()).unwrap_or(0);
+    // SAFETY: fresh pages of the pool, as many as the log has, used as the log alone.
+    let log: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(log_at as *mut u8, log_size) };
+    mem.read(inputs.log.start(), log);
+    // SAFETY: the TPM's pages are mapped uncached; the MLE drives it alone until the guest runs.
+    let window = unsafe { PhysWindow::new(TPM_BASE, TPM_SIZE as u32) };
+    let used = usize::try_from(inputs.log_used).unwrap_or(usize::MAX);
+    let mut measurer = Measurer::open(window, clock, inputs.tpm_degraded, &mut *log, used)?;
+    let config_len = usize::try_from(inputs.config.map_or(0, |c| c.len())).unwrap_or(0);
+    let config = config.get_mut(..config_len).unwrap_or_default();
+    if let Some(range) = inputs.config {
+        mem.read(range.start(), config);
+    }
+    measurer.data(PCR_CONFIG, event::CONFIG, config)?;
+    let config = Config::parse(config).map_err(LaunchError::Config)?;
+    log::set_max_level(config.log);
+    measurer.memory(PCR_CONFIG, event::KERNEL, Some(inputs.kernel), &mem)?;
+    measurer.memory(PCR_CONFIG, event::INITRD, inputs.initrd, &mem)?;
+    measurer.memory(PCR_CONFIG, event::CMDLINE, inputs.cmdline, &mem)?;
+    for region in map
+        .runtime()
+        .filter(|r| matches!(r.ty, EfiType::RUNTIME_SERVICES_CODE | EfiType::RUNTIME_SERVICES_DATA))
+    {
+        let mut name = heapless::String::<64>::new();
+        // 64 bytes hold the longest: two 52-bit numbers.
+        let _ = fmt::write(&mut name, format_args!("runtime {:?} {}", region.ty, region.range));
+        measurer.memory(PCR_FIRMWARE, &name, Some(region.range), &mem)?;
+    }
+    info!("configuration, kernel, initrd, command line and firmware measured");
+
+    // The guest's memory.
+    let mut head = [0; HEADER_BYTES];
+    mem.read(inputs.kernel.start(), &mut head);
+    let kernel = Kernel::parse(&head, inputs.kernel.len())?;
+    let layout = boot::plan(&inputs, &map, &kernel, SANDBOX_SIZE)?;
+    let cpus = count_cpus(&mem, inputs.acpi_rsdp)?;
+    let space = describe_space(&inputs, &map, &layout, iommus.windows(), &features)?;
+    let nested = Tables::new(&NPT, 4, features.largest, &mut pool)?;
+    space.map_view(View::Guest, &nested, &mut pool)?;
+    let dma = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
+    space.map_view(View::Device, &dma, &mut pool)?;
+    iommus.open_guest(
+        &machine,
+        Root { table: dma.root(), levels: 4 },
+        Interrupts::for_machine(&Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?),
+    )?;
+    info!("guest: {} MiB of RAM, DMA open to it alone", layout.map.ram_bytes() >> 20);
+
+    let tables = FirmwareTables::read(&mem, inputs.efi_system_table)?;
+    let scratch = usize::try_from(boot::SMBIOS_AREA).unwrap_or(0);
+    let scratch_at = pool.pages(boot::SMBIOS_AREA / PAGE_SIZE).ok_or(LaunchError::OutOfMemory("SMBIOS"))?;
+    // SAFETY: fresh pages of the pool, used as this buffer alone.
+    let scratch: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(scratch_at as *mut u8, scratch) };
+    boot::write_efi(&layout, &tables, &map, config.rt_properties(), scratch, &mem)?;
+    // SAFETY: the area is free guest memory that the layout chose for these tables; nothing else uses it yet.
+    let start = boot::write(&layout, &inputs, &kernel, &mem, |area| unsafe { PagePool::new(area) })?;
+
+    let log_used = measurer.finish();
+    if let Some(records) = log.get(..log_used) {
+        // For whoever reads the guest's memory; the MLE's own copy is the one it serves.
+        mem.write(inputs.log.start(), records);
+    }
+
+    cpu.enable_svm();
+    let msrpm: &mut Msrpm = pool.object().ok_or(LaunchError::OutOfMemory("the MSR map"))?;
+    guest::msr::intercept_guarded(msrpm);
+    let iopm: &mut Iopm = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
+    let vm = VmTables {
+        msrpm: &raw const *msrpm as u64,
+        iopm: &raw const *iopm as u64,
+        nested_root: nested.root(),
+        asid: 1,
+    };
+    // SAFETY: the APIC page is mapped uncached.
+    let local = Xapic(unsafe { PhysWindow::new(apic::XAPIC_BASE, PAGE_SIZE as u32) });
+    let apic_page = ApicPage::take(&space, &nested, &mut pool)?;
+    let (root, mut window) = apic_page.window(&mut pool)?;
+    let bsp = VmTables { nested_root: root, ..vm };
+    let mut setups = heapless::Vec::new();
+    for _ in 1..cpus {
+        let (nested_root, window) = apic_page.window(&mut pool)?;
+        let memory = CpuMemory::new(&mut pool).ok_or(LaunchError::OutOfMemory("a CPU"))?;
+        memory.guard(&mut pool, &own)?;
+        let vm = VmTables { nested_root, ..vm };
+        let setup = Setup { memory, vm, window, clock, smep: features.smep };
+        setups.push(setup).map_err(|_| LaunchError::Cpu("has more CPUs beside it than Cordon can start"))?;
+    }
+    smp::start(setups, inputs.launch_page, &own, &mut pool, &local, &clock)?;
+
+    let mut vcpu = SvmVcpu::new(vmcb, Role::Guest, &bsp);
+    vcpu.start_long_mode(start.rip, start.rsp, start.cr3, start.gdt);
+    vcpu.gprs_mut().rsi = start.zero_page;
+    info!(
+        "starting the guest at {:#x} on {cpus} CPU(s), {} KiB of the region left",
+        start.rip,
+        pool.left() / 1024
+    );
+    logger::guest_has_the_port();
+    run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports)
+}
+
+/// The guest's APIC page in the nested tables that all CPUs share, closed there; each CPU has its own view.
+struct ApicPage {
+    root: u64,
+    levels: u32,
+    /// The entry that leads to the device, with the rights the address space gives the guest.
+    device: u64,
+}
+
+impl ApicPage {
+    const RANGE: PhysRange = match PhysRange::new(apic::XAPIC_BASE, PAGE_SIZE) {
+        Some(range) => range,
+        None => unreachable!(),
+    };
+
+    fn take(
+        space: &AddressSpace,
+        nested: &Tables,
+        pool: &mut PagePool,
+    ) -> Result<Self, LaunchError<'static>> {
+        nested.unmap(pool, Self::RANGE)?;
+        space.map_part(View::Guest, Self::RANGE, nested, pool)?;
+        let (_, entry) = pool
+            .own_path(nested.root(), nested.levels(), apic::XAPIC_BASE)
+            .ok_or(LaunchError::OutOfMemory("nested tables"))?;
+        let device = entry.load(Ordering::Relaxed);
+        nested.unmap(pool, Self::RANGE)?;
+        Ok(Self { root: nested.root(), levels: nested.levels(), device })
+    }
+
+    /// Nested tables of one CPU, and its view of the page.
+    fn window(&self, pool: &mut PagePool) -> Result<(u64, ApicWindow), LaunchError<'static>> {
+        let none = LaunchError::OutOfMemory("nested tables");
+        let Some((root, entry)) = pool.own_path(self.root, self.levels, apic::XAPIC_BASE) else {
+            return Err(none);
+        };
+        let Some(page) = pool.words() else { return Err(none) };
+        let shadow = (self.device & !apic::XAPIC_BASE) | page.as_ptr() as u64;
+        Ok((root, ApicWindow::new(entry, self.device, shadow, page)))
+    }
+}
+
+/// CPUs that the MADT lists as enabled. Hostile: too few leaves CPUs in INIT state, too many fails the launch.
+fn count_cpus(mem: &impl PhysMem, rsdp: u64) -> Result<usize, LaunchError<'static>> {
+    const HEADER: usize = 44;
+    const LOCAL_APIC: u8 = 0;
+    const ENABLED: u8 = 1;
+    let mut table = [0; 8192];
+    let len = iommu::acpi::copy_table(mem, rsdp, *b"APIC", &mut table)?;
+    let mut rest = table.get(HEADER..len).unwrap_or_default();
+    let mut count = 0usize;
+    while let [kind, size, body @ ..] = rest {
+        if *kind == LOCAL_APIC && body.get(2).is_some_and(|flags| flags & ENABLED != 0) {
+            count = count.saturating_add(1);
+        }
+        rest = rest.get(usize::from(*size).max(2)..).unwrap_or_default();
+    }
+    Ok(count)
+}
+
+/// What of the CPU decides about tables.
+struct Features {
+    smep: bool,
+    largest: PageSize,
+    /// Physical address bits in use.
+    bits: u32,
+}
+
+impl Features {
+    fn read() -> Result<Self, LaunchError<'static>> {
+        use crate::cpu::native_cpuid;
+        let [_, b7, ..] = native_cpuid(7, 0);
+        let [.., d_ext] = native_cpuid(0x8000_0001, 0);
+        let [a_addr, ..] = native_cpuid(0x8000_0008, 0);
+        let [.., d_svm] = native_cpuid(0x8000_000a, 0);
+        if d_svm & 1 == 0 {
+            return Err(LaunchError::Cpu("has no nested paging (CPUID 8000_000Ah EDX bit 0)"));
+        }
+        let largest = if d_ext & 1 << 26 != 0 { PageSize::Size1G } else { PageSize::Size2M };
+        // With 2 MiB pages, tables for more than 512 GiB would not fit the region.
+        let bits = (a_addr & 0xff).min(if largest == PageSize::Size1G { 48 } else { 39 });
+        Ok(Self { smep: b7 & 1 << 7 != 0, largest, bits })
+    }
+}
+
+fn read_memory_map(inputs: &Inputs, mem: &impl PhysMem) -> Result<MemoryMap, LaunchError<'static>> {
+    let mut bytes = [0; inputs::MAX_MEMORY_MAP as usize];
+    let len = usize::try_from(inputs.memory_map.len()).unwrap_or(usize::MAX);
+    let bytes = bytes.get_mut(..len).unwrap_or_default();
+    mem.read(inputs.memory_map.start(), bytes);
+    let (size, version) = inputs.descriptor;
+    Ok(MemoryMap::parse(bytes, size, version)?)
+}
+
+/// The MLE's own tables; see [`paging::build`].
+fn own_tables(
+    pool: &mut PagePool,
+    image: &Image,
+    inputs: &Inputs,
+    ivrs: &[u8],
+    ram_end: u64,
+    features: &Features,
+    memory: &CpuMemory,
+) -> Result<Tables, LaunchError<'static>> {
+    let mut devices = heapless::Vec::<PhysRange, 16>::new();
+    let fixed = [PhysRange::new(TPM_BASE, TPM_SIZE), PhysRange::new(apic::XAPIC_BASE, PAGE_SIZE)];
+    let units = Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?;
+    for window in fixed.into_iter().chain(units.units().map(|u| PhysRange::new(u.base(), 0x4000))).flatten() {
+        if window.last() < FOUR_GIB && !devices.contains(&window) {
+            devices.push(window).map_err(|_| LaunchError::OutOfMemory("register windows"))?;
+        }
+    }
+    let tables = paging::build(pool, image, ram_end, features.largest, &[inputs.slb], &devices)?;
+    memory.guard(pool, &tables)?;
+    Ok(tables)
+}
+
+/// Who may reach what: the one description from which guest, sandbox and device tables are made (I1).
+fn describe_space(
+    inputs: &Inputs,
+    map: &MemoryMap,
+    layout: &Layout,
+    iommus: impl Iterator<Item = PhysRange>,
+    features: &Features,
+) -> Result<AddressSpace, LaunchError<'static>> {
+    let mut space = AddressSpace::new(features.bits, inputs.region, Some(inputs.slb))?;
+    space.assign(inputs.launch_page, Kind::Closed(Hole::LaunchPage))?;
+    space.assign(TPM_CLOSED, Kind::Closed(Hole::TpmLocality))?;
+    for window in iommus {
+        space.assign(window, Kind::Closed(Hole::IommuRegisters))?;
+    }
+    for region in map.runtime() {
+        let kind = match region.ty {
+            // The firmware's drivers mix code and data in these pages.
+            EfiType::RUNTIME_SERVICES_CODE => Kind::FirmwareImage,
+            EfiType::MMIO => Kind::FirmwareMmio,
+            _ => Kind::FirmwareData,
+        };
+        space.assign(region.range, kind)?;
+    }
+    space.assign(layout.sandbox, Kind::CallBuffer)?;
+    for range in layout.map.ram() {
+        space.assign(range, Kind::Ram)?;
+    }
+    Ok(space)
+}

@@ -1,0 +1,145 @@
+//! The MLE's measurements: TPM at locality 2, and the event log in the MLE's own memory.
+
+use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use hv::addr::PhysRange;
+use hv::io::PhysMem;
+use hv::launch::{EV_SLAUNCH, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE};
+use tpm::{BankHasher, Contention, Digests, Locality, LogWriter, Tpm};
+
+use crate::metal::{Identity, PhysWindow, TscClock};
+
+/// Where the TPM's register pages are, one a locality. Spec: \[PTP\] "TPM Register Space".
+pub const TPM_BASE: u64 = 0xfed4_0000;
+/// Bytes of them.
+pub const TPM_SIZE: u64 = 0x5000;
+/// The localities that the guest does not get, and the pages' addresses.
+pub const TPM_CLOSED: PhysRange = match PhysRange::from_last(TPM_BASE + 0x2000, TPM_BASE + TPM_SIZE - 1) {
+    Some(range) => range,
+    None => unreachable!(),
+};
+
+/// Ticks per millisecond, for [`cap`], which may be called from anywhere. Any CPU's TSC is faster than this.
+static KHZ: AtomicU64 = AtomicU64::new(1_000_000);
+
+/// Why a measurement could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MeasureError {
+    /// The TPM refused or failed.
+    Tpm(tpm::Error),
+    /// The event log could not take the record.
+    Log(tpm::LogError),
+    /// The memory to measure cannot be read.
+    Unreadable(PhysRange),
+}
+
+impl fmt::Display for MeasureError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tpm(e) => write!(f, "TPM: {e}"),
+            Self::Log(e) => write!(f, "event log: {e}"),
+            Self::Unreadable(r) => write!(f, "cannot read {r} to measure it"),
+        }
+    }
+}
+
+impl From<tpm::Error> for MeasureError {
+    fn from(e: tpm::Error) -> Self {
+        Self::Tpm(e)
+    }
+}
+
+impl From<tpm::LogError> for MeasureError {
+    fn from(e: tpm::LogError) -> Self {
+        Self::Log(e)
+    }
+}
+
+/// Takes measurements.
+pub struct Measurer<'a> {
+    tpm: Tpm<PhysWindow, TscClock>,
+    log: LogWriter<'a>,
+    /// The TPM has no locality 2 and the configuration allows that: records are logged, PCRs stay.
+    degraded: bool,
+}
+
+impl<'a> Measurer<'a> {
+    /// Opens the TPM at locality 2 and continues the log, of which `used` bytes are in `log`.
+    pub fn open(
+        window: PhysWindow,
+        clock: TscClock,
+        degraded: bool,
+        log: &'a mut [u8],
+        used: usize,
+    ) -> Result<Self, MeasureError> {
+        KHZ.store(clock.khz, Ordering::Relaxed);
+        let locality = if degraded { Locality::Zero } else { Locality::Two };
+        let tpm = Tpm::open(window, clock, locality, Contention::LAUNCH)?;
+        let log = LogWriter::resume(log, used, tpm.banks())?;
+        Ok(Self { tpm, log, degraded })
+    }
+
+    /// Measures the bytes of `range`, or nothing at all, into `pcr` under `name`.
+    pub fn memory(
+        &mut self,
+        pcr: u32,
+        name: &str,
+        range: Option<PhysRange>,
+        mem: &Identity,
+    ) -> Result<(), MeasureError> {
+        let mut hasher = self.tpm.hasher();
+        if let Some(range) = range {
+            hash_memory(&mut hasher, range, mem)?;
+        }
+        self.digests(pcr, name, &hasher.finish())
+    }
+
+    /// Measures `data` into `pcr` under `name`.
+    pub fn data(&mut self, pcr: u32, name: &str, data: &[u8]) -> Result<(), MeasureError> {
+        let digests = self.tpm.digests_of(data);
+        self.digests(pcr, name, &digests)
+    }
+
+    fn digests(&mut self, pcr: u32, name: &str, digests: &Digests) -> Result<(), MeasureError> {
+        if self.degraded {
+            return Ok(self.log.append(pcr, EV_SLAUNCH, digests, name.as_bytes())?);
+        }
+        Ok(self.tpm.measure(&mut self.log, pcr, EV_SLAUNCH, name.as_bytes(), digests)?)
+    }
+
+    /// Gives the TPM to the guest; the log's length.
+    pub fn finish(mut self) -> usize {
+        self.tpm.release();
+        self.log.used()
+    }
+}
+
+/// Hashes memory by pieces, each copied once.
+fn hash_memory(hasher: &mut BankHasher, range: PhysRange, mem: &Identity) -> Result<(), MeasureError> {
+    let mut piece = [0; 4096];
+    let mut at = range.start();
+    while at <= range.last() {
+        let left = range.last().saturating_sub(at).saturating_add(1);
+        let now = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
+        let piece = piece.get_mut(..now).unwrap_or_default();
+        if !mem.read(at, piece) {
+            return Err(MeasureError::Unreadable(range));
+        }
+        hasher.update(piece);
+        at = at.saturating_add(now as u64);
+    }
+    Ok(())
+}
+
+/// Caps the dynamic PCRs of the launch, as well as the TPM lets us: the last act before a reset.
+#[expect(unsafe_code, reason = "takes the TPM from whoever had it")]
+pub fn cap() {
+    // SAFETY: the window is mapped in the SLB's tables and in ours; whoever used it does not come back.
+    let window = unsafe { PhysWindow::new(TPM_BASE, TPM_SIZE as u32) };
+    let clock = TscClock { khz: KHZ.load(Ordering::Relaxed) };
+    if let Ok(mut tpm) = Tpm::open(window, clock, Locality::Two, Contention::LAUNCH) {
+        // A PCR that cannot be capped was capped by whatever made it so; the reset that follows clears all.
+        let _ = tpm.cap(&[PCR_CODE, PCR_CONFIG, PCR_FIRMWARE, PCR_EXPOSURE]);
+    }
+}
