@@ -13,7 +13,7 @@ pub use uefi_raw::{Guid, guid};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::memmap::{DESCRIPTOR_VERSION, Descriptor, MemoryAttribute, MemoryMap, MemoryType};
+use crate::memmap::{Descriptor, MemoryAttribute, MemoryMap, MemoryType};
 use crate::service::{COUNT, Service};
 
 /// Configuration table: RSDP of ACPI 2.0 and later.
@@ -361,7 +361,7 @@ pub fn guest_tables(input: &GuestInput<'_>) -> [u8; PAGE_SIZE as usize] {
     bytes
 }
 
-const _: () = assert!(size_of::<GuestPage>() <= PAGE_SIZE as usize && DESCRIPTOR_VERSION == 1);
+const _: () = assert!(size_of::<GuestPage>() <= PAGE_SIZE as usize);
 
 /// Whether what lies at `address` is still there, and visible, when the guest runs.
 fn stays(map: &MemoryMap, address: u64) -> bool {
@@ -428,13 +428,12 @@ pub fn thunk_page(insn: HypercallInsn) -> [u8; PAGE_SIZE as usize] {
 pub fn copy_smbios(mem: &impl PhysMem, entry: u64, at: u64, out: &mut [u8]) -> Result<usize, TablesError> {
     let start: [u8; 24] = read_at(mem, entry, "SMBIOS entry point")?;
     if start.starts_with(b"_SM3_") {
-        let anchor = Anchor3::read_from_bytes(&start).unwrap_or_else(|_| Anchor3::new_zeroed());
+        let mut anchor = Anchor3::read_from_bytes(&start).unwrap_or_else(|_| Anchor3::new_zeroed());
         let length = anchor.length;
         if usize::from(length) != size_of::<Anchor3>() {
             return Err(TablesError::Field { field: "SMBIOS 3 entry point length", value: length.into() });
         }
         let used = copy_table(mem, anchor.address.get(), anchor.max_size.get(), out)?;
-        let mut anchor = anchor;
         anchor.address.set(at.wrapping_add(SMBIOS_TABLE_AT as u64));
         anchor.checksum = 0;
         anchor.checksum = checksum(anchor.as_bytes());
