@@ -30,10 +30,16 @@ const REGISTERS: [(&str, usize); 17] = [
 #[derive(Clone, Debug, Default)]
 pub struct FakeCpu(pub BTreeMap<&'static str, u64>);
 
+impl<const N: usize> From<[(&'static str, u64); N]> for FakeCpu {
+    fn from(registers: [(&'static str, u64); N]) -> Self {
+        Self(BTreeMap::from(registers))
+    }
+}
+
 impl FakeCpu {
     /// As INIT leaves it.
     pub fn in_init() -> Self {
-        Self(BTreeMap::from([("rip", 0xfff0), ("cs", 0xf000), ("cr0", 0x6000_0010)]))
+        Self::from([("rip", 0xfff0), ("cs", 0xf000), ("cr0", 0x6000_0010)])
     }
 }
 

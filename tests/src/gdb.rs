@@ -278,7 +278,9 @@ fn parse_stop(packet: &str) -> Result<Stop> {
 }
 
 fn parse_registers(xml: &str) -> Result<Vec<Register>> {
-    between(xml, "<reg ", ">")
+    // QEMU's description has registers commented out, which take no number.
+    let live: String = xml.split("<!--").map(|s| s.split_once("-->").map_or(s, |(_, after)| after)).collect();
+    between(&live, "<reg ", ">")
         .map(|tag| {
             let attribute = |name: &str| between(tag, &format!("{name}=\""), "\"").next();
             let bits = attribute("bitsize").and_then(|b| b.parse::<usize>().ok());
@@ -331,6 +333,13 @@ mod tests {
         assert_eq!(parse_stop("T05thread:01;").unwrap(), stop("01", None));
         assert_eq!(parse_stop("W00").unwrap(), Stop::Exited);
         assert!(parse_stop("S05").is_err());
+    }
+
+    #[test]
+    fn registers_in_comments_are_none() {
+        let xml = r#"<reg name="gs" bitsize="32"/><!-- <reg name="ss_base" bitsize="64"/> --><reg name="cr0" bitsize="64"/>"#;
+        let names: Vec<_> = parse_registers(xml).unwrap().into_iter().map(|r| r.name).collect();
+        assert_eq!(names, ["gs", "cr0"]);
     }
 
     #[test]

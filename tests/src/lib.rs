@@ -11,6 +11,7 @@ pub mod initrd;
 pub mod machine;
 pub mod microcode;
 pub mod paths;
+pub mod probe;
 pub mod qmp;
 pub mod run_dir;
 pub mod skinit;

@@ -67,6 +67,10 @@ pub struct Spec {
     pub firmware: Firmware,
     /// TPM interface.
     pub tpm: Tpm,
+    /// Secure loader block.
+    pub slb: PathBuf,
+    /// MLE image.
+    pub mle: PathBuf,
     /// Kernel, a bzImage.
     pub kernel: PathBuf,
     /// Initial RAM disk.
@@ -95,6 +99,8 @@ impl Default for Spec {
             cpus: 1,
             firmware: Firmware::Smm,
             tpm: Tpm::Tis,
+            slb: paths::slb(),
+            mle: paths::mle(),
             kernel: paths::kernel(),
             initrd: paths::initrd(),
             cmdline: String::new(),
@@ -121,8 +127,8 @@ impl Spec {
             let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), self.tpm == Tpm::Crb);
             items.push(Item { path: "loader/entries/cordon.conf", source: Source::Text(entry) });
             items.push(file("EFI/BOOT/BOOTX64.EFI", paths::loader()));
-            items.push(file("cordon/slb.bin", paths::slb()));
-            items.push(file("cordon/mle.bin", paths::mle()));
+            items.push(file("cordon/slb.bin", self.slb.clone()));
+            items.push(file("cordon/mle.bin", self.mle.clone()));
             items.extend(self.config.iter().map(|path| file("cordon/cordon.conf", path.clone())));
         }
         items
@@ -251,6 +257,19 @@ impl Machine {
         let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
         let played = self.player.as_ref().map_or(Stage::Off, Player::stage);
         stage::from_console(&console).max(played)
+    }
+
+    /// Waits until `find` finds something on the console.
+    pub fn wait_console<T>(&mut self, find: impl Fn(&str) -> Option<T>) -> Result<T> {
+        let end = Instant::now() + self.timeout;
+        loop {
+            let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
+            if let Some(found) = find(&String::from_utf8_lossy(&console)) {
+                return Ok(found);
+            }
+            self.check_alive::<()>("its console output", &Wait::Pending, end)?;
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Waits until the guest's init takes commands.

@@ -92,6 +92,7 @@ impl Run {
             reboot: false,
             qemu_args: self.qemu_args.split_whitespace().map(str::to_owned).collect(),
             timeout: Duration::from_secs(self.timeout),
+            ..Spec::default()
         }
     }
 

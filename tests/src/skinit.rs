@@ -11,7 +11,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -84,6 +84,7 @@ struct State {
 /// Plays the CPU's part, in a thread of its own, until the MLE runs.
 pub struct Player {
     state: Arc<Mutex<State>>,
+    thread: JoinHandle<()>,
 }
 
 impl Player {
@@ -93,19 +94,24 @@ impl Player {
         let log = File::create(&log).with_context(|| log.display().to_string())?;
         let mut part = Part { gdb: Gdb::new(stream)?, tpm, fault, log, since: Instant::now(), state };
         part.watch()?;
-        let player = Self { state: Arc::clone(&part.state) };
-        thread::spawn(move || {
+        let state = Arc::clone(&part.state);
+        let thread = thread::spawn(move || {
             let shared = Arc::clone(&part.state);
             if let Err(error) = part.play() {
                 lock(&shared).failure = Some(format!("{error:#}"));
             }
         });
-        Ok(player)
+        Ok(Self { state, thread })
     }
 
     /// How far the launch has come.
     pub fn stage(&self) -> Stage {
         lock(&self.state).stage.unwrap_or(Stage::Off)
+    }
+
+    /// Whether the player has left the machine, which then runs at full speed.
+    pub fn finished(&self) -> bool {
+        self.thread.is_finished()
     }
 
     /// The event, once it took place.
@@ -323,5 +329,186 @@ impl Part {
         let mut state = lock(&self.state);
         state.stage = Some(stage);
         state.launch = Some(launch);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake_gdb::{FakeCpu, FakeMachine, FakeStub};
+    use crate::swtpm::fake_tpm;
+    use std::time::Duration;
+
+    const LAUNCH: u64 = 0x9_d000;
+    const AT: u64 = LAUNCH + SKINIT_OFFSET;
+    const BASE: u64 = 0x7e72_0000;
+    const LENGTH: u16 = 5000;
+    const MLE: u64 = 0x100_0000;
+
+    /// A machine on its way to SKINIT: the loader writes the instruction, then runs into it.
+    fn machine(aps: Vec<FakeCpu>) -> FakeStub {
+        let bsp = FakeCpu::from([("rip", AT), ("cs", 0x38), ("cr0", 0x8000_0033), ("rax", BASE), ("r8", 7)]);
+        let stub = FakeStub::start([vec![bsp], aps].concat());
+        let mut machine = stub.machine();
+        let mut image: Vec<u8> = (0..LENGTH).map(|i| i as u8).collect();
+        image[..4].copy_from_slice(&[0x10, 0, LENGTH.to_le_bytes()[0], LENGTH.to_le_bytes()[1]]);
+        machine.load(BASE, &image);
+        machine.load(LAUNCH + MICROCODE_OFFSET, b"of the loader");
+        machine.script.push_back(Box::new(|m| {
+            m.load(AT, &SKINIT);
+            format!("T05thread:01;watch:{AT:x};")
+        }));
+        machine.script.push_back(Box::new(|_| "T05thread:01;".to_owned()));
+        machine.script.push_back(Box::new(run_microcode));
+        drop(machine);
+        stub
+    }
+
+    /// What the microcode does, as far as registers show it.
+    fn run_microcode(machine: &mut FakeMachine) -> String {
+        let place = LAUNCH + MICROCODE_OFFSET;
+        let (code, end) = microcode::assemble(place).unwrap();
+        assert_eq!(machine.bytes(place, code.len() as u64), code);
+        let bsp = &mut machine.cpus[0].0;
+        assert_eq!((bsp["rip"], bsp["rsp"]), (place + microcode::ENTRY, place));
+        bsp.extend([
+            ("rip", place + end),
+            ("cr0", 0x11),
+            ("cs", 8),
+            ("ss", 0x10),
+            ("rsi", 0x80_0f12),
+            ("rbx", 9),
+        ]);
+        "T05thread:01;".to_owned()
+    }
+
+    /// Plays to the script's end; gives the player and what the TPM was sent.
+    fn play(stub: &FakeStub, fault: Option<Fault>) -> (Player, Vec<Vec<u8>>) {
+        let (control, requests) = fake_tpm(0);
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let player = Player::start(stub.connect(), control, fault, log.path().to_owned()).unwrap();
+        for _ in 0..500 {
+            if player.finished() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(player.failure(), None);
+        let requests = requests.lock().unwrap().clone();
+        (player, requests)
+    }
+
+    #[test]
+    fn a_launch_measures_enters_and_leaves_no_trace() {
+        let stub = machine(vec![FakeCpu::in_init()]);
+        let before = stub.machine().bytes(LAUNCH + MICROCODE_OFFSET, 0x200);
+        let (player, requests) = play(&stub, None);
+        let launch = player.launch().unwrap();
+        let machine = stub.machine();
+        // Start, two pieces, end.
+        assert_eq!(requests.len(), 4);
+        assert_eq!([&requests[1][8..], &requests[2][8..]].concat(), launch.image);
+        assert_eq!((launch.image.len(), launch.refused), (usize::from(LENGTH), None));
+        assert_eq!(machine.bytes(LAUNCH + MICROCODE_OFFSET, 0x200), before);
+        let bsp = &machine.cpus[0].0;
+        let state = ["rax", "rbx", "rdx", "rsi", "rsp", "eflags", "rip"].map(|name| bsp[name]);
+        assert_eq!(state, [BASE, 0, 0x80_0f12, 0, BASE + 0x1_0000, 2, BASE + 0x10]);
+        // There is no SLRT: the player leaves at once, with nothing behind.
+        assert_eq!(player.stage(), Stage::Slb);
+        assert!(machine.detached && machine.points.is_empty());
+    }
+
+    #[test]
+    fn a_cpu_that_is_not_in_init_spoils_the_measurement() {
+        let running = FakeCpu::from([("rip", 0xfff1), ("cs", 0xf000), ("cr0", 0x6000_0010)]);
+        let (player, requests) = play(&machine(vec![FakeCpu::in_init(), running]), None);
+        assert_eq!(player.launch().unwrap().refused.unwrap(), "CPU 03 is not in INIT state");
+        assert_eq!(requests.len(), 0);
+        // The SLB is entered all the same: the CPU does not wait for an answer.
+        assert_eq!(player.stage(), Stage::Slb);
+    }
+
+    #[test]
+    fn only_the_boot_processor_launches() {
+        let stub = machine(vec![]);
+        let bsp = stub.machine().cpus[0].clone();
+        stub.machine().cpus.push(bsp);
+        stub.machine().cpus[0] = FakeCpu::in_init();
+        stub.machine().script[1] = Box::new(|_| "T05thread:02;".to_owned());
+        stub.machine().script[2] = Box::new(|m| {
+            m.cpus.swap(0, 1);
+            let stop = run_microcode(m);
+            m.cpus.swap(0, 1);
+            stop
+        });
+        let (player, requests) = play(&stub, None);
+        assert!(player.launch().unwrap().refused.unwrap().contains("boot processor"));
+        assert_eq!(requests.len(), 0);
+    }
+
+    #[test]
+    fn other_code_at_the_same_place_is_stepped_over() {
+        let stub = machine(vec![]);
+        // The page is used for something else in between.
+        stub.machine().script.insert(
+            1,
+            Box::new(|m| {
+                m.load(AT, &[0x90, 0x90, 0x90]);
+                "T05thread:01;".to_owned()
+            }),
+        );
+        stub.machine().script.insert(
+            2,
+            Box::new(|m| {
+                assert_eq!(m.steps, 1);
+                m.load(AT, &SKINIT);
+                "T05thread:01;".to_owned()
+            }),
+        );
+        stub.machine().script.remove(3);
+        let (player, _) = play(&stub, None);
+        assert_eq!(player.stage(), Stage::Slb);
+    }
+
+    #[test]
+    fn faults_do_what_they_say() {
+        let (player, _) = play(&machine(vec![]), Some(Fault::SlbLength));
+        assert_eq!(player.launch().unwrap().image.len(), usize::from(LENGTH) / 2);
+        let (player, _) = play(&machine(vec![]), Some(Fault::SlbUnaligned));
+        assert_eq!(player.launch().unwrap().base, BASE);
+        let (player, requests) = play(&machine(vec![]), Some(Fault::TpmError));
+        assert!(player.launch().unwrap().refused.is_some() && requests.is_empty());
+    }
+
+    /// Like [`machine`], with a table that leads to an MLE, which is reached.
+    fn machine_with_mle() -> FakeStub {
+        let stub = machine(vec![]);
+        let mut table = slrt::Builder::new(slrt::ARCH_SKINIT);
+        let mut info: DlInfo = zerocopy::FromZeros::new_zeroed();
+        info.hdr = slrt::entry_header::<DlInfo>(slrt::TAG_DL_INFO);
+        info.dlme_base.set(MLE);
+        info.dlme_entry.set(0x40);
+        table.entry(&info).unwrap();
+        let (bytes, _) = table.finish().unwrap();
+        let mut machine = stub.machine();
+        machine.load(0x5000, &bytes);
+        machine.load(BASE + SLB_SLRT_POINTER_OFFSET, &0x5000u64.to_le_bytes());
+        machine.script.push_back(Box::new(|m| {
+            assert_eq!(m.points, [format!("1,{:x},1", MLE + 0x40)]);
+            m.cpus[0].0.insert("rip", MLE + 0x40);
+            "T05thread:01;".to_owned()
+        }));
+        drop(machine);
+        stub
+    }
+
+    #[test]
+    fn a_changed_slb_is_noticed_when_the_mle_starts() {
+        for (fault, intact) in [(None, true), (Some(Fault::SlbChanged), false)] {
+            let stub = machine_with_mle();
+            let (player, _) = play(&stub, fault);
+            assert_eq!((player.stage(), player.launch().unwrap().intact), (Stage::Mle, Some(intact)));
+            assert!(stub.machine().detached);
+        }
     }
 }

@@ -159,6 +159,22 @@ impl Control {
     }
 }
 
+/// A control channel to a TPM that keeps all requests and gives each the result `result`.
+#[cfg(test)]
+pub(crate) fn fake_tpm(result: u32) -> (Control, Arc<Mutex<Vec<Vec<u8>>>>) {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let requests = Arc::new(Mutex::new(Vec::new()));
+    let log = Arc::clone(&requests);
+    thread::spawn(move || {
+        let mut request = vec![0; MESSAGE_MAX];
+        while let Ok(n @ 1..) = theirs.read(&mut request) {
+            log.lock().unwrap().push(request[..n].to_vec());
+            theirs.write_all(&result.to_be_bytes()).unwrap();
+        }
+    });
+    (Control::new(ours).unwrap(), requests)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,26 +182,9 @@ mod tests {
     use std::io::Seek;
     use std::os::fd::AsRawFd;
 
-    /// A TPM's end of the control channel that gives each request to `answer`.
-    fn tpm(mut answer: impl FnMut(&[u8]) -> Vec<u8> + Send + 'static) -> Control {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        thread::spawn(move || {
-            let mut request = vec![0; MESSAGE_MAX];
-            while let Ok(n @ 1..) = theirs.read(&mut request) {
-                theirs.write_all(&answer(&request[..n])).unwrap();
-            }
-        });
-        Control::new(ours).unwrap()
-    }
-
     #[test]
     fn a_hash_is_sent_in_pieces_of_exact_length() {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let log = Arc::clone(&seen);
-        let control = tpm(move |request| {
-            log.lock().unwrap().push(request.to_vec());
-            vec![0; 4]
-        });
+        let (control, seen) = fake_tpm(0);
         control.drtm_hash(&[7; HASH_CHUNK + 5]).unwrap();
         let seen = seen.lock().unwrap();
         let lengths: Vec<_> = seen.iter().map(Vec::len).collect();
@@ -195,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_refusing_tpm_is_an_error() {
-        let control = tpm(|_| vec![0, 0, 0, 9]);
+        let (control, _) = fake_tpm(9);
         assert!(control.drtm_hash(b"x").is_err());
     }
 

@@ -45,3 +45,53 @@ mod native {
         machine.power_off().unwrap();
     }
 }
+
+mod drtm {
+    use super::*;
+    use tests::probe;
+
+    /// A machine whose SLB reports how it was entered, and its report.
+    fn probe(spec: Spec) -> (Machine, std::collections::BTreeMap<&'static str, u32>) {
+        images::build_initrd().expect("RAM disk");
+        let dir = tempfile::tempdir().unwrap();
+        let (slb, mle) = (dir.path().join("slb"), dir.path().join("mle"));
+        std::fs::write(&slb, probe::slb()).unwrap();
+        std::fs::write(&mle, probe::mle()).unwrap();
+        let mut machine = Machine::start(&Spec { slb, mle, ..spec }).expect("start");
+        match machine.wait_console(probe::report) {
+            Ok(report) => (machine, report),
+            Err(error) => panic!("{error:#}\n{}", machine.diagnosis()),
+        }
+    }
+
+    #[test]
+    fn an_slb_is_entered_as_the_architecture_says() {
+        let (machine, state) = probe(Spec::default());
+        let launch = machine.player().unwrap().launch().unwrap();
+        let base = u32::try_from(launch.base).unwrap();
+        assert_eq!(launch.image, probe::slb());
+        assert_eq!(launch.refused, None);
+        assert_eq!(base % 0x1_0000, 0);
+        for (name, want) in [
+            ("eax", base),
+            ("esp", base + 0x1_0000),
+            ("eflags", 2),
+            ("cr0", 0x11),
+            ("cs", 8),
+            ("ss", 0x10),
+            ("dr7", 0x400),
+            ("idt limit", 0xffff),
+            ("gdt limit", 0xffff),
+            // Vector 40h waits although IF was set: GIF is clear.
+            ("pending", 1),
+        ] {
+            assert_eq!(state[name], want, "{name}: {state:x?}");
+        }
+        for zero in ["ebx", "ecx", "esi", "edi", "ebp", "cr3", "cr4", "efer", "idt base", "gdt base"] {
+            assert_eq!(state[zero], 0, "{zero}: {state:x?}");
+        }
+        assert_ne!(state["edx"], 0, "family and model");
+        assert_ne!(state["ds read"].to_le_bytes(), *b"CORD", "DS reaches the SLB");
+        assert_ne!(state["tpm access"] & 0x20, 0, "locality 2 is not to be had");
+    }
+}
