@@ -10,7 +10,7 @@ pub const MAX_DIGEST: usize = 64;
 /// TPM_ALG_ID of a hash algorithm; any value, also ones this crate cannot compute.
 ///
 /// Spec: \[TPM2\] "TPM_ALG_ID".
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HashAlg(pub u16);
 
 impl HashAlg {
