@@ -724,7 +724,7 @@ pub(crate) mod tests {
     const PAGES: u64 = 160;
 
     fn descriptors() -> impl Strategy<Value = std::vec::Vec<Descriptor>> {
-        proptest::collection::vec((0u64..4, 1u64..12, 0u32..16, any::<bool>()), 1..24)
+        proptest::collection::vec((0u64..4, 1u64..12, 0u32..16, proptest::bool::weighted(0.3)), 1..24)
             .prop_map(|list| {
                 let mut at = 0;
                 let mut out = std::vec::Vec::new();
@@ -732,7 +732,7 @@ pub(crate) mod tests {
                     at += gap;
                     // Most of it is RAM, so that carve-outs find room.
                     let ty = if ty > 11 { 7 } else { ty };
-                    let attr = 8 | if runtime && matches!(ty, 5 | 6 | 11) { RT } else { 0 };
+                    let attr = 8 | if runtime && matches!(ty, 5 | 6 | 7 | 11) { RT } else { 0 };
                     out.push(descriptor(ty, at * PAGE_SIZE, pages, attr));
                     at += pages;
                 }
