@@ -17,33 +17,32 @@ const PAGES_PER_UNIT: u64 = PAGES / MAX_UNITS as u64;
 /// command buffers and event logs in the second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaArea {
-    base: u64,
+    range: PhysRange,
 }
 
 impl DmaArea {
     /// The area at the top of the MLE region; `None` when it does not fit, is not aligned to 2 MiB, or lies beyond
     /// the 52 bits of a physical address.
     pub fn at_top_of(region: &PhysRange) -> Option<Self> {
-        let base = region.end()?.checked_sub(DMA_AREA_SIZE)?;
-        let inside = base >= region.start() && region.last() >> 52 == 0;
-        (inside && base.is_multiple_of(TABLE_SIZE)).then_some(Self { base })
+        let start = region.end()?.checked_sub(DMA_AREA_SIZE)?;
+        let range = PhysRange::new(start, DMA_AREA_SIZE)?;
+        let fits = region.contains(&range) && region.last() >> 52 == 0;
+        (fits && start.is_multiple_of(TABLE_SIZE)).then_some(Self { range })
     }
 
     /// The whole area.
     pub fn range(&self) -> PhysRange {
-        let last = self.base.saturating_add(DMA_AREA_SIZE.wrapping_sub(1));
-        // `at_top_of` saw to it that the area does not wrap.
-        PhysRange::from_last(self.base, last).unwrap_or(EMPTY)
+        self.range
     }
 
     /// Value of the device table register.
     pub(super) fn table_register(&self) -> u64 {
-        self.base | FULL_TABLE
+        self.range.start() | FULL_TABLE
     }
 
     /// Address of a device's table entry.
     pub(super) fn entry(&self, device: u32) -> u64 {
-        self.base.wrapping_add(u64::from(device).wrapping_mul(DTE_SIZE))
+        self.range.start().wrapping_add(u64::from(device).wrapping_mul(DTE_SIZE))
     }
 
     /// Some buffer page, chosen by `random`.
@@ -62,14 +61,9 @@ impl DmaArea {
     }
 
     fn page(&self, index: u64) -> u64 {
-        self.base.wrapping_add(TABLE_SIZE).wrapping_add(index.wrapping_mul(PAGE))
+        self.range.start().wrapping_add(TABLE_SIZE).wrapping_add(index.wrapping_mul(PAGE))
     }
 }
-
-const EMPTY: PhysRange = match PhysRange::new(0, 1) {
-    Some(range) => range,
-    None => unreachable!(),
-};
 
 /// Value of the device table register for a table that can't be read: one of 4096 places in the topmost 8 GiB of the
 /// 52-bit space. Cut to fewer bits, they fall into the 12 GiB below the top that AMD reserves for HyperTransport.
