@@ -9,6 +9,9 @@ const RC_LOCALITY: u32 = 0x907;
 const RC_COMMAND_CODE: u32 = 0x143;
 const RC_VALUE: u32 = 0x84;
 
+/// A TPM elsewhere: takes a locality and a command, gives the response.
+pub type Remote = Box<dyn FnMut(u8, &[u8]) -> Vec<u8>>;
+
 /// PCR banks, and how the next commands are answered.
 pub struct FakeTpm {
     banks: Vec<(Bank, [Digest; 24])>,
@@ -16,6 +19,8 @@ pub struct FakeTpm {
     pub refuse: VecDeque<u32>,
     /// Whole responses for the next commands, instead of running them.
     pub answer: VecDeque<Vec<u8>>,
+    /// Runs the commands instead of this model.
+    pub remote: Option<Remote>,
     /// Locality and bytes of each command, in order.
     pub seen: Vec<(u8, Vec<u8>)>,
 }
@@ -34,6 +39,7 @@ impl FakeTpm {
             banks: banks.iter().map(start).collect(),
             refuse: VecDeque::new(),
             answer: VecDeque::new(),
+            remote: None,
             seen: Vec::new(),
         }
     }
@@ -65,6 +71,9 @@ impl FakeTpm {
         }
         if let Some(answer) = self.answer.pop_front() {
             return answer;
+        }
+        if let Some(remote) = &mut self.remote {
+            return remote(locality, command);
         }
         assert_eq!(be32(command, 2) as usize, command.len(), "commandSize");
         match be32(command, 6) {
