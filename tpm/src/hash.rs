@@ -11,7 +11,7 @@ use sha2::block_api::{compress256, compress512};
 use crate::bank::{Bank, Banks, Digest, Digests, HashAlg, MAX_BANKS, MAX_DIGEST};
 
 /// The SHA-256 compression function over whole blocks. On bare-metal targets the hash crates never use
-/// the CPU's SHA instructions; an image that has them brings its own function.
+/// the CPU's SHA instructions; an image that may use them brings that of the crate `sha-ni`.
 pub type Sha256Blocks = fn(&mut [u32; 8], &[[u8; 64]]);
 /// The compression function of the `sha2` crate.
 pub const SHA256_SOFTWARE: Sha256Blocks = compress256;
