@@ -17,6 +17,30 @@ const COMPLETION_OFFSET: u64 = 4096 - ENTRY_SIZE as u64;
 /// Bits of a ring head or tail register.
 const RING_OFFSET: u64 = 0x7fff0;
 
+/// Commands of one full invalidation, by number: each device, each domain, each interrupt table.
+struct Batch {
+    /// Number of the first.
+    first: u32,
+    /// How many.
+    count: u32,
+}
+
+impl Batch {
+    /// The one command that does for all of them, where there is one.
+    const ALL: u32 = DEVICES * 3;
+
+    fn command(&self, index: u32) -> Command {
+        let number = self.first.wrapping_add(index);
+        let id = number as u16;
+        match number >> 16 {
+            0 => command::invalidate_device(id),
+            1 => command::invalidate_domain(id),
+            2 => command::invalidate_interrupts(id),
+            _ => command::INVALIDATE_ALL,
+        }
+    }
+}
+
 /// One IOMMU.
 pub(super) struct Unit<W> {
     /// Its device id.
@@ -93,38 +117,25 @@ impl<W: Mmio> Unit<W> {
     /// the commands, anew for each batch.
     pub fn flush<P: Platform>(&self, platform: &P, page: impl Fn() -> u64) -> Result<(), Error> {
         if self.features & feature::INVALIDATE_ALL != 0 {
-            return self.run(platform, page(), 1, |_| command::INVALIDATE_ALL);
+            return self.run(platform, page(), Batch { first: Batch::ALL, count: 1 });
         }
-        const TOTAL: u32 = DEVICES * 3;
-        for first in (0..TOTAL).step_by(BATCH as usize) {
-            let count = BATCH.min(TOTAL.saturating_sub(first));
-            self.run(platform, page(), count, |index| {
-                let number = first.wrapping_add(index);
-                let id = number as u16;
-                match number >> 16 {
-                    0 => command::invalidate_device(id),
-                    1 => command::invalidate_domain(id),
-                    _ => command::invalidate_interrupts(id),
-                }
-            })?;
+        for first in (0..Batch::ALL).step_by(BATCH as usize) {
+            let count = BATCH.min(Batch::ALL.saturating_sub(first));
+            self.run(platform, page(), Batch { first, count })?;
         }
         Ok(())
     }
 
-    /// Gives `count` commands, waits until they are done, and checks that they still are what was written: a device
-    /// that changed them before the IOMMU read them would have to change them back.
-    fn run<P: Platform>(
-        &self,
-        platform: &P,
-        page: u64,
-        count: u32,
-        command: impl Fn(u32) -> Command,
-    ) -> Result<(), Error> {
+    /// Gives the commands of `batch`, waits until they are done, and checks that they still are what was written: a
+    /// device that changed them before the IOMMU read them would have to change them back.
+    #[inline(never)] // it is a tenth of the SLB, once
+    fn run<P: Platform>(&self, platform: &P, page: u64, batch: Batch) -> Result<(), Error> {
         let logging = self.window.read64(reg::CONTROL) & control::EVENT_LOG;
         let store = page.wrapping_add(COMPLETION_OFFSET);
         let nonce = platform.random();
+        let count = batch.count;
         let command = |index| {
-            if index == count { command::completion_wait(store, nonce) } else { command(index) }
+            if index == count { command::completion_wait(store, nonce) } else { batch.command(index) }
         };
         let address = |index: u32| page.wrapping_add(u64::from(index).wrapping_mul(ENTRY_SIZE.into()));
 
