@@ -2,14 +2,16 @@
 
 use core::fmt;
 
+use firmware::acpi;
 use firmware::linux::{self, BootParams, Kernel, LinuxError, Placement};
 use firmware::memmap::{CarveOut, GuestMap, MapError, MemoryMap, Use};
-use firmware::tables::{self, FirmwareTables, GuestInput, HypercallInsn, thunk_page};
+use firmware::tables::{self, FirmwareTables, GuestInput, HypercallInsn, TablesError, thunk_page};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use hv::radix::{self, MemoryType, PageSize, Rights, STAGE1, TablePool, Tables};
+use hv::radix::{self, TablePool};
 
 use crate::inputs::Inputs;
+use crate::paging;
 
 /// Why the guest cannot be set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +27,8 @@ pub enum BootError {
         /// Bytes wanted.
         size: u64,
     },
+    /// ACPI or EFI tables.
+    Firmware(TablesError),
     /// Memory that the map calls RAM cannot be accessed.
     Memory(PhysRange),
 }
@@ -35,6 +39,7 @@ impl fmt::Display for BootError {
             Self::Map(e) => write!(f, "{e}"),
             Self::Linux(e) => write!(f, "{e}"),
             Self::Tables(e) => write!(f, "guest boot tables: {e}"),
+            Self::Firmware(e) => write!(f, "{e}"),
             Self::NoRoom { size } => write!(f, "no {size} bytes of free memory for the guest's boot data"),
             Self::Memory(r) => write!(f, "cannot access {r}, which the memory map calls RAM"),
         }
@@ -49,6 +54,11 @@ impl From<MapError> for BootError {
 impl From<LinuxError> for BootError {
     fn from(e: LinuxError) -> Self {
         Self::Linux(e)
+    }
+}
+impl From<TablesError> for BootError {
+    fn from(e: TablesError) -> Self {
+        Self::Firmware(e)
     }
 }
 impl From<radix::Error> for BootError {
@@ -67,8 +77,12 @@ const BOOT_STACK: u64 = PAGE_SIZE;
 const FIXED_AREA: u64 = 2 * PAGE_SIZE + BOOT_STACK + BOOT_TABLES + MAP_AREA.next_multiple_of(PAGE_SIZE);
 /// Bytes for the guest's EFI tables and what they point to.
 ///
-/// One page of tables, and both kinds of SMBIOS copies.
-pub const TABLES_AREA: u64 = PAGE_SIZE + 2 * SMBIOS_AREA;
+/// One page of tables, the RSDP, and both kinds of SMBIOS copies.
+pub const TABLES_AREA: u64 = PAGE_SIZE + ACPI_AREA + 2 * SMBIOS_AREA;
+/// Bytes for RSDP and root table.
+const ACPI_AREA: u64 = (acpi::FILTERED_MAX as u64).next_multiple_of(PAGE_SIZE);
+/// The IOMMUs are the MLE's: the guest does not learn of them.
+const HIDDEN_TABLES: [[u8; 4]; 2] = [*b"IVRS", *b"DMAR"];
 /// Bytes for one SMBIOS copy.
 pub const SMBIOS_AREA: u64 = (firmware::tables::SMBIOS_COPY_MAX as u64).next_multiple_of(PAGE_SIZE);
 
@@ -85,6 +99,13 @@ pub struct Layout {
     pub sandbox: PhysRange,
     /// The guest's memory.
     pub map: GuestMap,
+}
+
+impl Layout {
+    /// Address of the guest's RSDP, behind its page of EFI tables.
+    fn rsdp(&self) -> u64 {
+        self.tables.start().saturating_add(PAGE_SIZE)
+    }
 }
 
 /// Registers at the guest's first instruction.
@@ -196,7 +217,7 @@ pub fn write<P: TablePool>(
         e820: &e820,
         efi_system_table: layout.tables.start(),
         efi_memory_map: PhysRange::new(map, efi_size as u64).ok_or(BootError::NoRoom { size: 0 })?,
-        acpi_rsdp: inputs.acpi_rsdp,
+        acpi_rsdp: layout.rsdp(),
         screen_info: &linux::screen_info(&inputs.screen_info, &layout.map),
     })?;
     put(mem, zero_page, &page)?;
@@ -209,14 +230,11 @@ pub fn write<P: TablePool>(
 
     let area = PhysRange::new(tables, BOOT_TABLES).ok_or(BootError::NoRoom { size: BOOT_TABLES })?;
     let mut pool = pool(area);
-    let identity = Tables::new(&STAGE1, 4, PageSize::Size2M, &mut pool)?;
-    if let Some(all) = PhysRange::from_last(0, FOUR_GIB.saturating_sub(1)) {
-        identity.map_identity(&mut pool, all, Rights::all(), MemoryType::WriteBack)?;
-    }
+    let cr3 = paging::open_identity(&mut pool)?;
     Ok(Start {
         rip: layout.placement.entry,
         rsp: stack.saturating_add(BOOT_STACK),
-        cr3: identity.root(),
+        cr3,
         gdt: (gdt, 31),
         zero_page,
     })
@@ -229,12 +247,16 @@ pub fn write_efi(
     layout: &Layout,
     firmware: &FirmwareTables,
     firmware_map: &MemoryMap,
+    acpi: &acpi::Tables,
     rt_properties: u32,
     scratch: &mut [u8],
     mem: &impl PhysMem,
 ) -> Result<(), BootError> {
     put(mem, layout.thunks.start(), &thunk_page(HypercallInsn::Vmmcall))?;
-    let mut next = layout.tables.start().saturating_add(PAGE_SIZE);
+    let rsdp = layout.rsdp();
+    let used = acpi.write_filtered(&HIDDEN_TABLES, rsdp, scratch)?;
+    put(mem, rsdp, scratch.get(..used).unwrap_or_default())?;
+    let mut next = rsdp.saturating_add(ACPI_AREA);
     let mut copy_of = |guid| -> Result<Option<u64>, BootError> {
         let Some(entry) = firmware.config(guid) else { return Ok(None) };
         let at = next;
@@ -259,7 +281,7 @@ pub fn write_efi(
         data: layout.tables,
         thunks: layout.thunks.start(),
         rt_properties,
-        rsdp: None,
+        rsdp: Some(rsdp),
         smbios,
         smbios3,
     });

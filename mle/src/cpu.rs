@@ -133,6 +133,27 @@ impl Cpu {
         vcpu.exit()
     }
 
+    /// Runs a sandbox. With `interruptible`, a pending interrupt ends the run; it stays pending.
+    pub fn run_interruptible(&mut self, vcpu: &mut SvmVcpu<'_>, interruptible: bool) -> Exit {
+        if interruptible {
+            // SAFETY: GIF is clear, so IF lets nothing in here: it is what V_INTR_MASKING looks at.
+            unsafe { x86::irq::enable() };
+        }
+        vcpu.prepare();
+        let (gprs, vmcb) = vcpu.parts();
+        // SAFETY: as in `run`.
+        unsafe {
+            svm::insn::vmrun(gprs, vmcb, self.vmload_area);
+            x86::irq::disable();
+        }
+        vcpu.exit()
+    }
+
+    /// Exchanges the FPU, SSE and AVX registers with what `area` keeps: firmware must neither see nor change the guest's.
+    pub fn swap_fpu(&mut self, area: &mut FpuArea) {
+        area.swap();
+    }
+
     /// Lets pending SMI, NMI and INIT be taken here, in the host.
     pub fn let_pending_in(&mut self) {
         // SAFETY: SVM is on and this CPU's IDT handles NMI and #SX; interrupts are off.
@@ -209,5 +230,66 @@ impl core::fmt::Display for Description {
             "rip {:#x} cpl {} cr0 {:#x} cr3 {:#x} cr4 {:#x} efer {:#x}",
             self.rip, self.cpl, self.cr0, self.cr3, self.cr4, self.efer
         )
+    }
+}
+
+/// Two sets of extended registers: whoever does not run has its own here.
+pub struct FpuArea {
+    /// 64-byte aligned: what to load next, and where what is in the registers goes.
+    load: u64,
+    store: u64,
+    xsave: bool,
+}
+
+impl FpuArea {
+    /// Room for both sets; the first load gives registers as after reset.
+    pub fn new(pool: &mut PagePool) -> Option<Self> {
+        const XSAVE: u32 = 1 << 26;
+        const FXSAVE_FCW: u64 = 0x37f;
+        const MXCSR_AT: u64 = 24;
+        let [_, _, features, _] = native_cpuid(1, 0);
+        let [_, _, size, _] = native_cpuid(0xd, 0);
+        let xsave = features & XSAVE != 0;
+        let pages = if xsave { u64::from(size).div_ceil(PAGE_SIZE).max(1) } else { 1 };
+        let (load, store) = (pool.pages(pages)?, pool.pages(pages)?);
+        // SAFETY: fresh pages; control word and MXCSR of the FXSAVE layout, which both instructions use.
+        unsafe {
+            (load as *mut u64).write(FXSAVE_FCW);
+            (load.wrapping_add(MXCSR_AT) as *mut u32).write(0x1f80);
+        }
+        Some(Self { load, store, xsave })
+    }
+
+    fn swap(&mut self) {
+        const CR4_OSXSAVE: u64 = 1 << 18;
+        // SAFETY: both areas are aligned and large enough for all that CPUID leaf Dh lists; what is loaded was stored
+        // here, or is the state of reset. CR4 allows the instructions while they are executed; the MLE itself uses none
+        // of these registers.
+        unsafe {
+            let cr4 = x86::controlregs::cr4().bits() as u64;
+            let with = cr4 | if self.xsave { CR4_OSXSAVE } else { 0 };
+            core::arch::asm!("mov cr4, {}", in(reg) with, options(nostack));
+            if self.xsave {
+                core::arch::asm!(
+                    "xsave64 [{store}]",
+                    "xrstor64 [{load}]",
+                    store = in(reg) self.store,
+                    load = in(reg) self.load,
+                    in("eax") u32::MAX,
+                    in("edx") u32::MAX,
+                    options(nostack)
+                );
+            } else {
+                core::arch::asm!(
+                    "fxsave64 [{store}]",
+                    "fxrstor64 [{load}]",
+                    store = in(reg) self.store,
+                    load = in(reg) self.load,
+                    options(nostack)
+                );
+            }
+            core::arch::asm!("mov cr4, {}", in(reg) cr4, options(nostack));
+        }
+        core::mem::swap(&mut self.load, &mut self.store);
     }
 }

@@ -7,9 +7,14 @@ use core::convert::Infallible;
 use core::fmt;
 use core::sync::atomic::Ordering;
 
+use firmware::acpi;
+use firmware::call::Gate;
 use firmware::config::{Config, ConfigError};
 use firmware::linux::{HEADER_BYTES, Kernel, LinuxError};
+use firmware::measure;
 use firmware::memmap::{MapError, MemoryMap, MemoryType as EfiType};
+use firmware::sandbox::Sandbox;
+use firmware::service::Service;
 use firmware::tables::{FirmwareTables, TablesError};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
@@ -25,18 +30,15 @@ use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 
 use crate::apic::Xapic;
 use crate::boot::{self, BootError, Layout};
-use crate::cpu::{Cpu, CpuMemory};
+use crate::cpu::{Cpu, CpuMemory, FpuArea};
 use crate::guest::apic_window::ApicWindow;
 use crate::inputs::{self, InputError, Inputs};
-use crate::measure::{MeasureError, Measurer, TPM_BASE, TPM_CLOSED, TPM_SIZE};
+use crate::measure::{MeasureError, Measurer, TPM_CLOSED};
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 use crate::platform::Machine;
 use crate::pool::PagePool;
 use crate::smp::{Setup, SmpError};
-use crate::{apic, fatal, guest, logger, paging, run, smp, trap};
-
-/// Memory that the sandbox works in: its tables, stack and call buffer.
-const SANDBOX_SIZE: u64 = 64 * PAGE_SIZE;
+use crate::{apic as local_apic, fatal, guest, logger, paging, run, services, smp, trap};
 
 /// Where the parts of the running image are.
 #[derive(Clone, Copy, Debug)]
@@ -199,9 +201,11 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let log: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(log_at as *mut u8, log_size) };
     mem.read(inputs.log.start(), log);
     // SAFETY: the TPM's pages are mapped uncached; the MLE drives it alone until the guest runs.
-    let window = unsafe { PhysWindow::new(TPM_BASE, TPM_SIZE as u32) };
+    let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
     let used = usize::try_from(inputs.log_used).unwrap_or(usize::MAX);
-    let mut measurer = Measurer::open(window, clock, inputs.tpm_degraded, &mut *log, used)?;
+    // SAFETY: `paging::activate` made SSE usable, and measurements end before anything changes that.
+    let sha256 = unsafe { sha_ni::sha256_blocks() };
+    let mut measurer = Measurer::open(window, clock, inputs.tpm_degraded, sha256, &mut *log, used)?;
     let config_len = usize::try_from(inputs.config.map_or(0, |c| c.len())).unwrap_or(0);
     let config = config.get_mut(..config_len).unwrap_or_default();
     if let Some(range) = inputs.config {
@@ -213,14 +217,9 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     measurer.memory(PCR_CONFIG, event::KERNEL, Some(inputs.kernel), &mem)?;
     measurer.memory(PCR_CONFIG, event::INITRD, inputs.initrd, &mem)?;
     measurer.memory(PCR_CONFIG, event::CMDLINE, inputs.cmdline, &mem)?;
-    for region in map
-        .runtime()
-        .filter(|r| matches!(r.ty, EfiType::RUNTIME_SERVICES_CODE | EfiType::RUNTIME_SERVICES_DATA))
-    {
-        let mut name = heapless::String::<64>::new();
-        // 64 bytes hold the longest: two 52-bit numbers.
-        let _ = fmt::write(&mut name, format_args!("runtime {:?} {}", region.ty, region.range));
-        measurer.memory(PCR_FIRMWARE, &name, Some(region.range), &mem)?;
+    let acpi = acpi::Tables::read(&mem, inputs.acpi_rsdp)?;
+    for item in measure::items(&map, Some(&acpi))? {
+        measurer.memory(PCR_FIRMWARE, &item.name(), Some(item.range), &mem)?;
     }
     info!("configuration, kernel, initrd, command line and firmware measured");
 
@@ -228,7 +227,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let mut head = [0; HEADER_BYTES];
     mem.read(inputs.kernel.start(), &mut head);
     let kernel = Kernel::parse(&head, inputs.kernel.len())?;
-    let layout = boot::plan(&inputs, &map, &kernel, SANDBOX_SIZE)?;
+    let layout = boot::plan(&inputs, &map, &kernel, services::SANDBOX_SIZE)?;
     let cpus = count_cpus(&mem, inputs.acpi_rsdp)?;
     let space = describe_space(&inputs, &map, &layout, iommus.windows(), &features)?;
     let nested = Tables::new(&NPT, 4, features.largest, &mut pool)?;
@@ -247,7 +246,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let scratch_at = pool.pages(boot::SMBIOS_AREA / PAGE_SIZE).ok_or(LaunchError::OutOfMemory("SMBIOS"))?;
     // SAFETY: fresh pages of the pool, used as this buffer alone.
     let scratch: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(scratch_at as *mut u8, scratch) };
-    boot::write_efi(&layout, &tables, &map, config.rt_properties(), scratch, &mem)?;
+    boot::write_efi(&layout, &tables, &map, &acpi, config.rt_properties(), scratch, &mem)?;
     // SAFETY: the area is free guest memory that the layout chose for these tables; nothing else uses it yet.
     let start = boot::write(&layout, &inputs, &kernel, &mem, |area| unsafe { PagePool::new(area) })?;
 
@@ -268,7 +267,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
         asid: 1,
     };
     // SAFETY: the APIC page is mapped uncached.
-    let local = Xapic(unsafe { PhysWindow::new(apic::XAPIC_BASE, PAGE_SIZE as u32) });
+    let local = Xapic(unsafe { PhysWindow::new(local_apic::XAPIC_BASE, PAGE_SIZE as u32) });
     let apic_page = ApicPage::take(&space, &nested, &mut pool)?;
     let (root, mut window) = apic_page.window(&mut pool)?;
     let bsp = VmTables { nested_root: root, ..vm };
@@ -283,6 +282,37 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     }
     smp::start(setups, inputs.launch_page, &own, &mut pool, &local, &clock)?;
 
+    // The firmware's sandbox.
+    let none = || LaunchError::OutOfMemory("the sandbox");
+    let sandbox_tables = Tables::new(&NPT, 4, features.largest, &mut pool)?;
+    space.map_view(View::Sandbox, &sandbox_tables, &mut pool)?;
+    let closed_msrs = pool.pages(2).ok_or_else(none)?;
+    let closed_ports = pool.pages(3).ok_or_else(none)?;
+    // SAFETY: fresh pages, whole; filled with ones: every MSR and every port exits.
+    unsafe {
+        core::ptr::write_bytes(closed_msrs as *mut u8, 0xff, size_of::<Msrpm>());
+        core::ptr::write_bytes(closed_ports as *mut u8, 0xff, size_of::<Iopm>());
+    }
+    let sandbox_vm =
+        VmTables { msrpm: closed_msrs, iopm: closed_ports, nested_root: sandbox_tables.root(), asid: 2 };
+    let parts = services::Parts {
+        gate: Gate::new(&config, layout.thunks, layout.tables),
+        state: Sandbox::new(&config, acpi::pm_timer(&mem, &acpi)),
+        vcpu: SvmVcpu::new(pool.object().ok_or_else(none)?, Role::Sandbox, &sandbox_vm),
+        entries: Service::ALL.map(|s| tables.entry(s, &map)),
+        area: layout.sandbox,
+        buffer: pool.object().ok_or_else(none)?,
+        fpu: FpuArea::new(&mut pool).ok_or_else(none)?,
+        return_to: inputs.region.start(),
+        space,
+        mem,
+        clock,
+        log: log.get(..log_used).unwrap_or_default(),
+        status: status(&inputs, &cpu, cpus),
+    };
+    // SAFETY: the area was chosen for the sandbox and is nobody else's; its first pages are for these tables.
+    services::install(parts, |area| unsafe { PagePool::new(area) })?;
+
     let mut vcpu = SvmVcpu::new(vmcb, Role::Guest, &bsp);
     vcpu.start_long_mode(start.rip, start.rsp, start.cr3, start.gdt);
     vcpu.gprs_mut().rsi = start.zero_page;
@@ -292,7 +322,25 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
         pool.left() / 1024
     );
     logger::guest_has_the_port();
-    run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports)
+    run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0)
+}
+
+/// What is in force, for the guest to read.
+fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize) -> heapless::String<1024> {
+    let mut text = heapless::String::new();
+    let say = |yes| if yes { "yes" } else { "no" };
+    // 1024 bytes hold these five lines.
+    let _ = fmt::write(
+        &mut text,
+        format_args!(
+            "version: {}\nCPUs: {cpus}\nPCRs 17-19 hold the launch: {}\nTPM localities 2 and up closed to the guest: yes\n\
+             INIT redirected (VM_CR.R_INIT): {}\n",
+            env!("CARGO_PKG_VERSION"),
+            say(!inputs.tpm_degraded),
+            say(cpu.redirects_init()),
+        ),
+    );
+    text
 }
 
 /// The guest's APIC page in the nested tables that all CPUs share, closed there; each CPU has its own view.
@@ -304,7 +352,7 @@ struct ApicPage {
 }
 
 impl ApicPage {
-    const RANGE: PhysRange = match PhysRange::new(apic::XAPIC_BASE, PAGE_SIZE) {
+    const RANGE: PhysRange = match PhysRange::new(local_apic::XAPIC_BASE, PAGE_SIZE) {
         Some(range) => range,
         None => unreachable!(),
     };
@@ -317,7 +365,7 @@ impl ApicPage {
         nested.unmap(pool, Self::RANGE)?;
         space.map_part(View::Guest, Self::RANGE, nested, pool)?;
         let (_, entry) = pool
-            .own_path(nested.root(), nested.levels(), apic::XAPIC_BASE)
+            .own_path(nested.root(), nested.levels(), local_apic::XAPIC_BASE)
             .ok_or(LaunchError::OutOfMemory("nested tables"))?;
         let device = entry.load(Ordering::Relaxed);
         nested.unmap(pool, Self::RANGE)?;
@@ -327,11 +375,11 @@ impl ApicPage {
     /// Nested tables of one CPU, and its view of the page.
     fn window(&self, pool: &mut PagePool) -> Result<(u64, ApicWindow), LaunchError<'static>> {
         let none = LaunchError::OutOfMemory("nested tables");
-        let Some((root, entry)) = pool.own_path(self.root, self.levels, apic::XAPIC_BASE) else {
+        let Some((root, entry)) = pool.own_path(self.root, self.levels, local_apic::XAPIC_BASE) else {
             return Err(none);
         };
         let Some(page) = pool.words() else { return Err(none) };
-        let shadow = (self.device & !apic::XAPIC_BASE) | page.as_ptr() as u64;
+        let shadow = (self.device & !local_apic::XAPIC_BASE) | page.as_ptr() as u64;
         Ok((root, ApicWindow::new(entry, self.device, shadow, page)))
     }
 }
@@ -399,7 +447,10 @@ fn own_tables(
     memory: &CpuMemory,
 ) -> Result<Tables, LaunchError<'static>> {
     let mut devices = heapless::Vec::<PhysRange, 16>::new();
-    let fixed = [PhysRange::new(TPM_BASE, TPM_SIZE), PhysRange::new(apic::XAPIC_BASE, PAGE_SIZE)];
+    let fixed = [
+        PhysRange::new(tpm::BASE, tpm::WINDOW_SIZE.into()),
+        PhysRange::new(local_apic::XAPIC_BASE, PAGE_SIZE),
+    ];
     let units = Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?;
     for window in fixed.into_iter().chain(units.units().map(|u| PhysRange::new(u.base(), 0x4000))).flatten() {
         if window.last() < FOUR_GIB && !devices.contains(&window) {

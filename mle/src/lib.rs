@@ -19,5 +19,6 @@ pub mod paging;
 pub mod platform;
 pub mod pool;
 pub mod run;
+pub mod services;
 pub mod smp;
 pub mod trap;

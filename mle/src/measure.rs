@@ -6,19 +6,17 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use hv::addr::PhysRange;
 use hv::io::PhysMem;
 use hv::launch::{EV_SLAUNCH, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE};
-use tpm::{BankHasher, Contention, Digests, Locality, LogWriter, Tpm};
+use tpm::log::EV_NO_ACTION;
+use tpm::{BankHasher, Contention, Digests, Locality, LogWriter, Sha256Blocks, Tpm};
 
 use crate::metal::{Identity, PhysWindow, TscClock};
 
-/// Where the TPM's register pages are, one a locality. Spec: \[PTP\] "TPM Register Space".
-pub const TPM_BASE: u64 = 0xfed4_0000;
-/// Bytes of them.
-pub const TPM_SIZE: u64 = 0x5000;
 /// The localities that the guest does not get, and the pages' addresses.
-pub const TPM_CLOSED: PhysRange = match PhysRange::from_last(TPM_BASE + 0x2000, TPM_BASE + TPM_SIZE - 1) {
-    Some(range) => range,
-    None => unreachable!(),
-};
+pub const TPM_CLOSED: PhysRange =
+    match PhysRange::from_last(tpm::BASE + 0x2000, tpm::BASE + tpm::WINDOW_SIZE as u64 - 1) {
+        Some(range) => range,
+        None => unreachable!(),
+    };
 
 /// Ticks per millisecond, for [`cap`], which may be called from anywhere. Any CPU's TSC is faster than this.
 static KHZ: AtomicU64 = AtomicU64::new(1_000_000);
@@ -65,17 +63,22 @@ pub struct Measurer<'a> {
 }
 
 impl<'a> Measurer<'a> {
-    /// Opens the TPM at locality 2 and continues the log, of which `used` bytes are in `log`.
+    /// Opens the TPM at locality 2 and continues the log, of which `used` bytes are in `log`. `sha256` is the CPU's own
+    /// way of hashing, if it has one.
     pub fn open(
         window: PhysWindow,
         clock: TscClock,
         degraded: bool,
+        sha256: Option<Sha256Blocks>,
         log: &'a mut [u8],
         used: usize,
     ) -> Result<Self, MeasureError> {
         KHZ.store(clock.khz, Ordering::Relaxed);
         let locality = if degraded { Locality::Zero } else { Locality::Two };
-        let tpm = Tpm::open(window, clock, locality, Contention::LAUNCH)?;
+        let mut tpm = Tpm::open(window, clock, locality, Contention::LAUNCH)?;
+        if let Some(blocks) = sha256 {
+            tpm.use_sha256(blocks);
+        }
         let log = LogWriter::resume(log, used, tpm.banks())?;
         Ok(Self { tpm, log, degraded })
     }
@@ -103,7 +106,8 @@ impl<'a> Measurer<'a> {
 
     fn digests(&mut self, pcr: u32, name: &str, digests: &Digests) -> Result<(), MeasureError> {
         if self.degraded {
-            return Ok(self.log.append(pcr, EV_SLAUNCH, digests, name.as_bytes())?);
+            // Not an event that a replay extends: nor did we.
+            return Ok(self.log.append(pcr, EV_NO_ACTION, digests, name.as_bytes())?);
         }
         Ok(self.tpm.measure(&mut self.log, pcr, EV_SLAUNCH, name.as_bytes(), digests)?)
     }
@@ -136,7 +140,7 @@ fn hash_memory(hasher: &mut BankHasher, range: PhysRange, mem: &Identity) -> Res
 #[expect(unsafe_code, reason = "takes the TPM from whoever had it")]
 pub fn cap() {
     // SAFETY: the window is mapped in the SLB's tables and in ours; whoever used it does not come back.
-    let window = unsafe { PhysWindow::new(TPM_BASE, TPM_SIZE as u32) };
+    let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
     let clock = TscClock { khz: KHZ.load(Ordering::Relaxed) };
     if let Ok(mut tpm) = Tpm::open(window, clock, Locality::Two, Contention::LAUNCH) {
         // A PCR that cannot be capped was capped by whatever made it so; the reset that follows clears all.

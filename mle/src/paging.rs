@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
-use hv::radix::{Error, MemoryType, PageSize, Rights, STAGE1, Tables};
+use hv::radix::{Error, MemoryType, NPT, PageSize, Rights, STAGE1, TablePool, Tables};
 use x86::controlregs::{Cr0, Cr4};
 
 use crate::launch::Image;
@@ -48,6 +48,17 @@ pub fn build(
     Ok(tables)
 }
 
+/// Tables for a virtual machine's own use, at its addresses: the first 4 GiB one to one with all rights, in 2 MiB pages;
+/// the nested tables decide what is behind. Gives the root. Six pages.
+pub fn open_identity<P: TablePool>(pool: &mut P) -> Result<u64, Error> {
+    // The nested format is the long-mode format with the user bit, which does not matter to code at CPL 0.
+    let tables = Tables::new(&NPT, 4, PageSize::Size2M, pool)?;
+    if let Some(all) = PhysRange::from_last(0, FOUR_GIB.saturating_sub(1)) {
+        tables.map_identity(pool, all, Rights::all(), MemoryType::WriteBack)?;
+    }
+    Ok(tables.root())
+}
+
 /// Takes one page out of the live tables (a guard page). The caller has not used it.
 pub fn guard(pool: &mut PagePool, tables: &Tables, page: u64) -> Result<(), Error> {
     if let Some(range) = PhysRange::new(page, PAGE_SIZE) {
@@ -66,7 +77,8 @@ pub fn guard(pool: &mut PagePool, tables: &Tables, page: u64) -> Result<(), Erro
 pub unsafe fn activate(root: u64, smep: bool) {
     const PAT_RESET: u64 = 0x0007_0406_0007_0406;
     const EFER_NXE: u64 = 1 << 11;
-    let mut cr4 = Cr4::CR4_ENABLE_PAE | Cr4::CR4_ENABLE_MACHINE_CHECK;
+    // SSE for the SHA instructions, which save what they change.
+    let mut cr4 = Cr4::CR4_ENABLE_PAE | Cr4::CR4_ENABLE_MACHINE_CHECK | Cr4::CR4_ENABLE_SSE;
     if smep {
         cr4 |= Cr4::CR4_ENABLE_SMEP;
     }

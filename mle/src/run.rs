@@ -1,5 +1,9 @@
 //! The run loop of a guest CPU.
 
+use core::fmt::Write;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use hv::io::Mmio;
 use hv::vcpu::{Access, Exit, Vcpu};
 use svm::vcpu::SvmVcpu;
 
@@ -8,17 +12,32 @@ use crate::cpu::{self, Cpu};
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
 use crate::metal::{PhysWindow, Ports, TscClock};
-use crate::{fatal, smp};
+use crate::{fatal, measure, services, smp};
 
-/// Exits of a CPU, by kind.
-#[derive(Default)]
-pub struct Counters([u64; Exit::KINDS]);
+/// Exits of each CPU, by kind.
+static EXITS: [[AtomicU64; Exit::KINDS]; smp::MAX_CPUS] =
+    [const { [const { AtomicU64::new(0) }; Exit::KINDS] }; smp::MAX_CPUS];
 
-impl Counters {
-    fn count(&mut self, exit: &Exit) {
-        if let Some(counter) = self.0.get_mut(exit.kind()) {
-            *counter = counter.wrapping_add(1);
+fn count(index: usize, exit: &Exit) {
+    if let Some(counter) = EXITS.get(index).and_then(|c| c.get(exit.kind())) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Writes a line for each CPU that had exits: the total, and each kind that there was.
+pub fn write_counts(out: &mut impl Write) {
+    for (index, counters) in EXITS.iter().enumerate() {
+        let value = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        let total = counters.iter().map(value).fold(0, u64::wrapping_add);
+        if total == 0 {
+            continue;
         }
+        // A full buffer ends the report early.
+        let _ = write!(out, "cpu{index}: total {total}");
+        for (kind, count) in counters.iter().map(value).enumerate().filter(|(_, n)| *n != 0) {
+            let _ = write!(out, ", {} {count}", Exit::kind_name(kind));
+        }
+        let _ = writeln!(out);
     }
 }
 
@@ -30,24 +49,22 @@ pub fn guest(
     local: &Xapic<PhysWindow>,
     clock: &TscClock,
     ports: Ports,
+    index: usize,
 ) -> ! {
-    let mut counters = Counters::default();
     loop {
         let exit = cpu.run(vcpu);
-        counters.count(&exit); // before it is handled: the exit that ends us is in the statistics
-        let stepped = window.view();
-        let mut handled = false;
-        if stepped != View::Watched && smp::any_parked() || stepped == View::Shadow {
-            handled = vcpu.end_step(exit);
+        count(index, &exit); // before it is handled: the exit that ends us is in the statistics
+        if let Some(step) = vcpu.end_step(exit) {
+            let collected = window.view() == View::Shadow;
             window.set(View::Watched);
             vcpu.flush_nested();
-            if stepped == View::Shadow && handled {
-                let destination = hv::io::Mmio::read32(&local.0, ICR_HIGH) >> 24;
+            if collected && step.executed {
+                let destination = local.0.read32(ICR_HIGH) >> 24;
                 smp::command(Command { low: window.written(), destination }, local, clock);
             }
-        }
-        if handled {
-            continue;
+            if step.answered {
+                continue;
+            }
         }
         let watched = (window.view() == View::Watched).then_some(XAPIC_BASE);
         match exits::answer(vcpu, exit, cpu, watched) {
@@ -63,10 +80,14 @@ pub fn guest(
                 cpu.let_pending_in();
                 cpu.init_arrived();
             }
-            Next::Firmware => {
-                vcpu.gprs_mut().rax = 0x8000_0000_0000_0003;
-                vcpu.advance(3);
-            }
+            Next::Firmware => match services::call(cpu, vcpu, local.id(), ports) {
+                services::Next::Resume => {}
+                services::Next::Reset(_) => {
+                    // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
+                    measure::cap();
+                    fatal::reset(ports)
+                }
+            },
             Next::Shutdown => fatal::reset(ports),
             Next::Fatal(exit) => {
                 fatal::stop(format_args!("guest exit: {exit}; {}", cpu::describe(vcpu)));

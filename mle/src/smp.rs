@@ -310,7 +310,8 @@ extern "sysv64" fn entry(index: u32) -> ! {
     slot.state.store(State::Running as u32, Ordering::Release);
     // SAFETY: CPL 0 on bare metal.
     let ports = unsafe { Ports::new() };
-    run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports)
+    let number = usize::try_from(index).unwrap_or(0).saturating_add(1);
+    run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, number)
 }
 
 /// Whether an AP still waits for the guest.

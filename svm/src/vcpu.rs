@@ -46,8 +46,22 @@ pub enum Role {
 pub struct SvmVcpu<'a> {
     vmcb: &'a mut Vmcb,
     gprs: Gprs,
-    /// RFLAGS bits to put back after a single step.
-    stepping: Option<u64>,
+    stepping: Option<BeforeStep>,
+}
+
+/// What a single step changes, as it was.
+struct BeforeStep {
+    flags: u64,
+    rip: u64,
+}
+
+/// How a single step ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The instruction was carried out; otherwise it will be tried again.
+    pub executed: bool,
+    /// The exit needs no further answer.
+    pub answered: bool,
 }
 
 impl<'a> SvmVcpu<'a> {
@@ -181,31 +195,44 @@ impl<'a> SvmVcpu<'a> {
         self.vmcb
     }
 
+    /// Goes on at `rip`, which an intercepted IN or OUT names as the next instruction.
+    pub fn skip_to(&mut self, rip: u64) {
+        self.vmcb.rip = rip;
+        self.vmcb.interrupt_shadow &= !1;
+    }
+
+    /// Whether a pending interrupt would be delivered at once.
+    pub fn takes_interrupts(&self) -> bool {
+        self.vmcb.rflags & RFLAGS_IF != 0 && self.vmcb.interrupt_shadow & 1 == 0
+    }
+
     /// Makes the next run end after one instruction, with interrupts and NMIs held and every exception an exit.
     ///
     /// Spec: \[APM2\] "Single-Stepping".
     pub fn begin_step(&mut self) {
         let v = &mut self.vmcb;
-        self.stepping = Some(v.rflags & (RFLAGS_TF | RFLAGS_IF));
+        self.stepping = Some(BeforeStep { flags: v.rflags & (RFLAGS_TF | RFLAGS_IF), rip: v.rip });
         v.rflags = (v.rflags | RFLAGS_TF) & !RFLAGS_IF;
         v.intercept_exceptions = u32::MAX;
         v.intercept3 |= Intercept3::NMI;
     }
 
-    /// Ends a step, whatever ended the run; nothing when there was none. `exit` is the step's exit: the trap that
-    /// we asked for is swallowed unless the guest stepped too, any other exception goes to the guest. True when the
-    /// exit is dealt with.
-    pub fn end_step(&mut self, exit: Exit) -> bool {
-        let Some(flags) = self.stepping.take() else { return false };
+    /// Ends a step, whatever ended the run; `None` when there was none. The trap that we asked for is swallowed
+    /// unless the guest stepped too; any other exception goes to the guest.
+    pub fn end_step(&mut self, exit: Exit) -> Option<Step> {
+        let before = self.stepping.take()?;
         let v = &mut self.vmcb;
-        v.rflags = (v.rflags & !(RFLAGS_TF | RFLAGS_IF)) | flags;
+        v.rflags = (v.rflags & !(RFLAGS_TF | RFLAGS_IF)) | before.flags;
         v.intercept_exceptions = 0;
         v.intercept3 &= !Intercept3::NMI;
-        // An interrupt shadow that the guest had before the instruction is over with it.
-        v.interrupt_shadow &= !1;
-        match exit {
+        let executed = v.rip != before.rip;
+        if executed {
+            // An interrupt shadow that the guest had before the instruction is over with it.
+            v.interrupt_shadow &= !1;
+        }
+        let answered = match exit {
             Exit::Exception { vector: 1, .. } if v.dr6 & DR6_BS != 0 => {
-                if flags & RFLAGS_TF != 0 {
+                if before.flags & RFLAGS_TF != 0 {
                     self.inject(Exception::Debug);
                 } else {
                     v.dr6 &= !DR6_BS;
@@ -223,7 +250,8 @@ impl<'a> SvmVcpu<'a> {
                 true
             }
             _ => false,
-        }
+        };
+        Some(Step { executed, answered })
     }
 
     /// Raises an NMI on the next run.
@@ -407,11 +435,13 @@ mod tests {
             v.begin_step();
             assert_eq!(v.vmcb().rflags & (RFLAGS_IF | RFLAGS_TF), RFLAGS_TF);
             v.vmcb_mut().dr6 |= DR6_BS;
-            assert!(v.end_step(Exit::Exception { vector: 1, error: 0 }));
+            v.vmcb_mut().rip = 0x1002;
+            let step = v.end_step(Exit::Exception { vector: 1, error: 0 });
+            assert_eq!(step, Some(Step { executed: true, answered: true }));
             assert_eq!(v.vmcb().rflags, 2 | RFLAGS_IF);
             assert_eq!((v.vmcb().dr6 & DR6_BS, v.vmcb().event_injection), (0, 0));
             assert_eq!((v.vmcb().intercept3, v.vmcb().intercept_exceptions), (intercepts, 0));
-            assert!(!v.end_step(Exit::Smi), "no step, nothing to end");
+            assert_eq!(v.end_step(Exit::Smi), None, "no step, nothing to end");
         });
     }
 
@@ -420,7 +450,8 @@ mod tests {
         with_vcpu(Role::Guest, |v| {
             v.begin_step();
             v.vmcb_mut().exit_info2 = 0x1234;
-            assert!(v.end_step(Exit::Exception { vector: 14, error: 2 }));
+            let step = v.end_step(Exit::Exception { vector: 14, error: 2 });
+            assert_eq!(step, Some(Step { executed: false, answered: true }));
             assert_eq!(v.vmcb().event_injection, 14 | 3 << 8 | 1 << 11 | 1 << 31 | 2 << 32);
             assert_eq!(v.vmcb().cr2, 0x1234);
         });

@@ -4,3 +4,4 @@ pub mod apic_window;
 pub mod cpuid;
 pub mod exits;
 pub mod msr;
+pub mod walk;

@@ -1,0 +1,188 @@
+//! The guest's memory by virtual address: its own page tables, read as the CPU reads them.
+
+use firmware::call::GuestMem;
+use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::io::PhysMem;
+use hv::radix::Rights;
+use hv::space::{AddressSpace, View};
+use hv::vcpu::Control;
+
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const EFER_LMA: u64 = 1 << 10;
+const PRESENT: u64 = 1;
+const WRITE: u64 = 1 << 1;
+const LARGE: u64 = 1 << 7;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// The memory of a guest that runs in 64-bit mode. Reaches what the guest itself reaches as RAM, and no more:
+/// table and data addresses are checked against the address space.
+pub struct GuestView<'a, M> {
+    /// Registers that translation depends on.
+    pub control: Control,
+    /// Who may reach what.
+    pub space: &'a AddressSpace,
+    /// Physical memory.
+    pub mem: &'a M,
+}
+
+impl<M: PhysMem> GuestView<'_, M> {
+    /// The physical address of `va`, for a read or a write by the guest's kernel; `None` for what would fault.
+    ///
+    /// Spec: \[APM2\] "Long-Mode Page Translation".
+    fn translate(&self, va: u64, write: bool) -> Option<u64> {
+        let c = &self.control;
+        if c.cr0 & CR0_PG == 0 || c.cr4 & CR4_PAE == 0 || c.efer & EFER_LMA == 0 {
+            return None;
+        }
+        let levels = if c.cr4 & CR4_LA57 != 0 { 5 } else { 4u32 };
+        let unused = 64u32.saturating_sub(levels.saturating_mul(9).saturating_add(12));
+        let canonical = (va << unused) as i64 >> unused;
+        if canonical as u64 != va {
+            return None;
+        }
+        let mut table = c.cr3 & ADDRESS;
+        for level in (1..=levels).rev() {
+            let shift = level.saturating_mul(9).saturating_add(3);
+            let index = va.wrapping_shr(shift) & 511;
+            let mut bytes = [0; 8];
+            self.read_phys(table.wrapping_add(index.wrapping_mul(8)), &mut bytes)?;
+            let entry = u64::from_le_bytes(bytes);
+            if entry & PRESENT == 0 || (write && entry & WRITE == 0) {
+                return None;
+            }
+            if level == 1 || (level <= 3 && entry & LARGE != 0) {
+                let offset = 1u64.wrapping_shl(shift).wrapping_sub(1);
+                return Some((entry & ADDRESS & !offset) | (va & offset));
+            }
+            table = entry & ADDRESS;
+        }
+        None
+    }
+
+    /// Whether the guest has `rights` on RAM at `at`.
+    fn reachable(&self, at: u64, len: usize, rights: Rights) -> bool {
+        PhysRange::new(at, len as u64)
+            .is_some_and(|range| self.space.permits(View::Guest, range, rights | Rights::EXEC))
+    }
+
+    fn read_phys(&self, at: u64, out: &mut [u8]) -> Option<()> {
+        (self.reachable(at, out.len(), Rights::READ) && self.mem.read(at, out)).then_some(())
+    }
+}
+
+/// Bytes from `va` to the end of its page, at most `len`.
+fn in_page(va: u64, len: usize) -> usize {
+    let left = PAGE_SIZE.wrapping_sub(va & (PAGE_SIZE - 1));
+    usize::try_from(left).unwrap_or(len).min(len)
+}
+
+impl<M: PhysMem> GuestMem for GuestView<'_, M> {
+    fn read(&self, addr: u64, out: &mut [u8]) -> bool {
+        let mut va = addr;
+        let mut rest = out;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at_mut(in_page(va, rest.len()));
+            if self.translate(va, false).and_then(|at| self.read_phys(at, now)).is_none() {
+                return false;
+            }
+            va = va.wrapping_add(now.len() as u64);
+            rest = later;
+        }
+        true
+    }
+    fn write(&self, addr: u64, data: &[u8]) -> bool {
+        let mut va = addr;
+        let mut rest = data;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(in_page(va, rest.len()));
+            let Some(at) = self.translate(va, true) else { return false };
+            if !self.reachable(at, now.len(), Rights::READ | Rights::WRITE) || !self.mem.write(at, now) {
+                return false;
+            }
+            va = va.wrapping_add(now.len() as u64);
+            rest = later;
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::cell::RefCell;
+    use hv::space::Kind;
+
+    /// RAM from 0, one MiB of it.
+    struct Ram(RefCell<Vec<u8>>);
+    impl PhysMem for Ram {
+        fn read(&self, addr: u64, out: &mut [u8]) -> bool {
+            let at = addr as usize;
+            self.0.borrow().get(at..at + out.len()).map(|b| out.copy_from_slice(b)).is_some()
+        }
+        fn write(&self, addr: u64, data: &[u8]) -> bool {
+            let at = addr as usize;
+            self.0.borrow_mut().get_mut(at..at + data.len()).map(|b| b.copy_from_slice(data)).is_some()
+        }
+    }
+    impl Ram {
+        fn set(&self, at: u64, entry: u64) {
+            assert!(self.write(at, &entry.to_le_bytes()));
+        }
+    }
+
+    const MLE: u64 = 0x8_0000;
+
+    /// Tables at 1000h: 4 KiB pages at va 40_0000h, the first writable, the second not, the third the MLE's; a large
+    /// page at va 60_0000h.
+    fn bench() -> (Ram, AddressSpace) {
+        let ram = Ram(RefCell::new(vec![0; 0x10_0000]));
+        ram.set(0x1000, 0x2003);
+        ram.set(0x2000, 0x3003);
+        ram.set(0x3000 + 2 * 8, 0x4003);
+        ram.set(0x3000 + 3 * 8, 0x83);
+        ram.set(0x4000, 0x1_0003);
+        ram.set(0x4008, 0x1_1001);
+        ram.set(0x4010, MLE | 3);
+        let region = PhysRange::new(MLE, 0x1000).unwrap();
+        let mut space = AddressSpace::new(40, region, None).unwrap();
+        space.assign(PhysRange::new(0, MLE).unwrap(), Kind::Ram).unwrap();
+        (ram, space)
+    }
+
+    fn view<'a>(ram: &'a Ram, space: &'a AddressSpace) -> GuestView<'a, Ram> {
+        let control = Control { cr0: 0x8000_0031, cr3: 0x1000, cr4: 0x20, efer: 0x500 };
+        GuestView { control, space, mem: ram }
+    }
+
+    #[test]
+    fn a_copy_crosses_pages() {
+        let (ram, space) = bench();
+        ram.write(0x1_0ffe, &[1, 2]);
+        ram.write(0x1_1000, &[3, 4]);
+        let mut out = [0; 4];
+        assert!(view(&ram, &space).read(0x40_0ffe, &mut out));
+        assert_eq!(out, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn read_only_unmapped_and_not_canonical_addresses_fault() {
+        let (ram, space) = bench();
+        let v = view(&ram, &space);
+        assert!(v.write(0x40_0000, &[9]) && !v.write(0x40_1000, &[9]));
+        assert!(!v.read(0x40_3000, &mut [0]) && !v.read(1 << 50, &mut [0]));
+        assert!(v.read(0x60_1000, &mut [0]), "a large page");
+        assert!(!v.read(u64::MAX, &mut [0; 2]));
+    }
+
+    #[test]
+    fn the_guests_tables_lead_to_no_page_of_the_mle() {
+        let (ram, space) = bench();
+        let v = view(&ram, &space);
+        assert!(v.translate(0x40_2000, false).is_some(), "the table says so");
+        assert!(!v.read(0x40_2000, &mut [0]) && !v.write(0x40_2000, &[0]));
+        ram.set(0x2000, MLE | 3);
+        assert!(!view(&ram, &space).read(0x40_0000, &mut [0]), "nor is a table read there");
+    }
+}
