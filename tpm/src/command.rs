@@ -5,7 +5,7 @@
 use heapless::Vec;
 
 use crate::bank::{Bank, Banks, Digest, HashAlg};
-use crate::error::Error;
+use crate::error::{Error, Field};
 use crate::reader::Reader;
 
 /// Longest command, in bytes: an extend of [`crate::MAX_BANKS`] banks of 64 bytes takes 559.
@@ -71,7 +71,7 @@ fn selection(alg: HashAlg, pcr: u32) -> Option<[u8; 6]> {
 
 /// Reads `pcr` of one bank.
 pub(crate) fn pcr_read(alg: HashAlg, pcr: u32) -> Result<Command, Error> {
-    let selection = selection(alg, pcr).ok_or(Error::Response { field: "PCR", value: pcr })?;
+    let selection = selection(alg, pcr).ok_or(Error::Response { field: Field::Pcr, value: pcr })?;
     command(ST_NO_SESSIONS, CC_PCR_READ, &[&1_u32.to_be_bytes(), &selection])
 }
 
@@ -79,14 +79,14 @@ pub(crate) fn pcr_read(alg: HashAlg, pcr: u32) -> Result<Command, Error> {
 pub(crate) fn response_code(response: &[u8]) -> Result<u32, Error> {
     let mut reader = Reader(response);
     let (Some(tag), Some(size), Some(rc)) = (reader.be16(), reader.be32(), reader.be32()) else {
-        return Err(Error::Response { field: "header", value: 0 });
+        return Err(Error::Response { field: Field::Header, value: 0 });
     };
     if tag != ST_NO_SESSIONS && tag != ST_SESSIONS {
         // TPM_ST_RSP_COMMAND, 00C4h, is how a TPM 1.2 answers.
-        return Err(Error::Response { field: "tag", value: tag.into() });
+        return Err(Error::Response { field: Field::Tag, value: tag.into() });
     }
     if usize::try_from(size) != Ok(response.len()) {
-        return Err(Error::Response { field: "responseSize", value: size });
+        return Err(Error::Response { field: Field::ResponseSize, value: size });
     }
     Ok(rc)
 }
@@ -99,15 +99,11 @@ impl<'a> Fields<'a> {
         Self(Reader(response.get(10..).unwrap_or_default()))
     }
 
-    fn get<T>(
-        &mut self,
-        field: &'static str,
-        read: impl FnOnce(&mut Reader<'a>) -> Option<T>,
-    ) -> Result<T, Error> {
+    fn get<T>(&mut self, field: Field, read: impl FnOnce(&mut Reader<'a>) -> Option<T>) -> Result<T, Error> {
         read(&mut self.0).ok_or(Error::Response { field, value: 0 })
     }
 
-    fn expect(&mut self, field: &'static str, wanted: u32) -> Result<(), Error> {
+    fn expect(&mut self, field: Field, wanted: u32) -> Result<(), Error> {
         let value = self.get(field, Reader::be32)?;
         if value == wanted { Ok(()) } else { Err(Error::Response { field, value }) }
     }
@@ -116,7 +112,7 @@ impl<'a> Fields<'a> {
         if self.0.0.is_empty() {
             Ok(())
         } else {
-            Err(Error::Response { field: "trailing bytes", value: self.0.0.len() as u32 })
+            Err(Error::Response { field: Field::Trailing, value: self.0.0.len() as u32 })
         }
     }
 }
@@ -125,23 +121,23 @@ impl<'a> Fields<'a> {
 /// cannot compute is 0: [`pcr_read`] tells it.
 pub(crate) fn parse_pcr_banks(response: &[u8]) -> Result<Banks, Error> {
     let mut fields = Fields::of(response);
-    let more = fields.get("moreData", Reader::u8)?;
+    let more = fields.get(Field::MoreData, Reader::u8)?;
     if more != 0 {
-        return Err(Error::Response { field: "moreData", value: more.into() });
+        return Err(Error::Response { field: Field::MoreData, value: more.into() });
     }
-    fields.expect("capability", CAP_PCRS)?;
-    let count = fields.get("count", Reader::be32)?;
+    fields.expect(Field::Capability, CAP_PCRS)?;
+    let count = fields.get(Field::Count, Reader::be32)?;
     let mut banks = Banks::new();
     for _ in 0..count {
-        let alg = HashAlg(fields.get("hash", Reader::be16)?);
-        let size = fields.get("sizeofSelect", Reader::u8)?;
-        let select = fields.get("pcrSelect", |r| r.bytes(size.into()))?;
+        let alg = HashAlg(fields.get(Field::Hash, Reader::be16)?);
+        let size = fields.get(Field::SelectSize, Reader::u8)?;
+        let select = fields.get(Field::Select, |r| r.bytes(size.into()))?;
         // A bank that is not allocated has an empty selection.
         if select.iter().all(|byte| *byte == 0) {
             continue;
         }
         if banks.iter().any(|bank| bank.alg == alg) {
-            return Err(Error::Response { field: "hash", value: alg.0.into() });
+            return Err(Error::Response { field: Field::Hash, value: alg.0.into() });
         }
         let bank = Bank { alg, size: alg.computed_size().unwrap_or(0) };
         banks.push(bank).map_err(|_| Error::TooManyBanks)?;
@@ -153,28 +149,28 @@ pub(crate) fn parse_pcr_banks(response: &[u8]) -> Result<Banks, Error> {
 /// The digest in a [`pcr_read`] response; none when the bank does not have the PCR.
 pub(crate) fn parse_pcr_read(response: &[u8], alg: HashAlg, pcr: u32) -> Result<Option<Digest>, Error> {
     let mut fields = Fields::of(response);
-    let _update_counter = fields.get("pcrUpdateCounter", Reader::be32)?;
-    fields.expect("selection count", 1)?;
-    let echo = fields.get("hash", Reader::be16)?;
+    let _update_counter = fields.get(Field::UpdateCounter, Reader::be32)?;
+    fields.expect(Field::SelectionCount, 1)?;
+    let echo = fields.get(Field::Hash, Reader::be16)?;
     if echo != alg.0 {
-        return Err(Error::Response { field: "hash", value: echo.into() });
+        return Err(Error::Response { field: Field::Hash, value: echo.into() });
     }
-    let size = fields.get("sizeofSelect", Reader::u8)?;
-    let select = fields.get("pcrSelect", |r| r.bytes(size.into()))?;
-    let values = fields.get("digest count", Reader::be32)?;
+    let size = fields.get(Field::SelectSize, Reader::u8)?;
+    let select = fields.get(Field::Select, |r| r.bytes(size.into()))?;
+    let values = fields.get(Field::DigestCount, Reader::be32)?;
     if values == 0 {
         fields.end()?;
         return Ok(None);
     }
     let wanted = selection(alg, pcr);
     if values != 1 || wanted.as_ref().and_then(|wanted| wanted.get(3..)) != Some(select) {
-        return Err(Error::Response { field: "digest count", value: values });
+        return Err(Error::Response { field: Field::DigestCount, value: values });
     }
-    let size = fields.get("digest size", Reader::be16)?;
-    let digest = fields.get("digest", |r| r.bytes(size.into()))?;
+    let size = fields.get(Field::DigestSize, Reader::be16)?;
+    let digest = fields.get(Field::Digest, |r| r.bytes(size.into()))?;
     fields.end()?;
     let digest = Digest::new(alg, digest)
         .filter(|digest| alg.computed_size().is_none_or(|size| size == digest.bank().size))
-        .ok_or(Error::Response { field: "digest size", value: size.into() })?;
+        .ok_or(Error::Response { field: Field::DigestSize, value: size.into() })?;
     Ok(Some(digest))
 }

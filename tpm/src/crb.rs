@@ -118,7 +118,7 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
             .checked_sub(BASE)
             .and_then(|offset| u32::try_from(offset).ok())
             .filter(|offset| offset.checked_add(size).is_some_and(|end| end <= WINDOW_SIZE))
-            .ok_or(Error::Buffer { address, size })
+            .ok_or(Error::Buffer { address: u32::try_from(address).unwrap_or(u32::MAX), size })
     }
 
     fn crb_exchange(&self, locality: Locality, command: &[u8], response: &mut [u8]) -> Result<usize, Error> {
@@ -151,7 +151,7 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         };
         let mut header = [0; 10];
         if limit < header.len() {
-            return Err(Error::Buffer { address: BASE.saturating_add(at.into()), size: limit as u32 });
+            return Err(Error::Buffer { address: (BASE as u32).saturating_add(at), size: limit as u32 });
         }
         read(at, &mut header);
         let size = response_size(&header, response.len().min(limit))?;

@@ -27,7 +27,7 @@ mod tpm;
 mod transport;
 
 pub use bank::{Bank, Banks, Digest, Digests, HashAlg, MAX_BANKS, MAX_DIGEST};
-pub use error::{Error, Flow, Wait};
+pub use error::{Error, Field, Flow, Wait};
 pub use hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks, digest_of};
 pub use log::{Event, Log, LogError, LogWriter};
 pub use tpm::Tpm;

@@ -4,6 +4,7 @@
 //! little-endian.
 
 use crate::bank::{Bank, Banks, Digest, Digests, HashAlg, MAX_BANKS, MAX_DIGEST};
+use crate::error::Error;
 use crate::hash::digest_of;
 use crate::reader::Reader;
 
@@ -23,15 +24,6 @@ const SPEC_VERSION: [u8; 8] = [0, 0, 0, 0, 0, 2, 0, 2];
 /// Why a log was refused. Offsets are bytes from the log's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogError {
-    /// The log being written has no room.
-    Full {
-        /// Bytes that the event takes.
-        need: usize,
-        /// Bytes left.
-        have: usize,
-    },
-    /// Digests are not those of the log's banks, in order.
-    Digests,
     /// The log being continued begins with other banks, or is longer than its buffer.
     Resume,
     /// The log ends in the middle of a field.
@@ -60,8 +52,6 @@ pub enum LogError {
 impl core::fmt::Display for LogError {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         match *self {
-            Self::Full { need, have } => write!(f, "event log: {need} bytes needed, {have} left"),
-            Self::Digests => write!(f, "event log: digests do not match the log's banks"),
             Self::Resume => write!(f, "event log: cannot be continued, its start is not the expected one"),
             Self::Truncated { field, record } => {
                 write!(f, "event log: record at offset {record:#x} ends before its field {field}")
@@ -87,17 +77,22 @@ impl Cursor<'_> {
         self.buffer.len().saturating_sub(self.used)
     }
 
-    fn put(&mut self, bytes: &[u8]) -> Result<(), LogError> {
-        let full = LogError::Full { need: bytes.len(), have: self.left() };
+    fn put(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let full = full(bytes.len(), self.left());
         let end = self.used.checked_add(bytes.len()).ok_or(full)?;
         self.buffer.get_mut(self.used..end).ok_or(full)?.copy_from_slice(bytes);
         self.used = end;
         Ok(())
     }
 
-    fn put32(&mut self, value: u32) -> Result<(), LogError> {
+    fn put32(&mut self, value: u32) -> Result<(), Error> {
         self.put(&value.to_le_bytes())
     }
+}
+
+fn full(need: usize, have: usize) -> Error {
+    let cut = |bytes| u32::try_from(bytes).unwrap_or(u32::MAX);
+    Error::LogFull { need: cut(need), have: cut(have) }
 }
 
 /// Writes a log into the caller's buffer.
@@ -108,7 +103,7 @@ pub struct LogWriter<'a> {
 
 impl<'a> LogWriter<'a> {
     /// Begins a log for `banks` in an empty buffer.
-    pub fn create(buffer: &'a mut [u8], banks: &Banks) -> Result<Self, LogError> {
+    pub fn create(buffer: &'a mut [u8], banks: &Banks) -> Result<Self, Error> {
         let mut log = Self { out: Cursor { buffer, used: 0 }, banks: banks.clone() };
         log.write_spec_id()?;
         Ok(log)
@@ -131,9 +126,9 @@ impl<'a> LogWriter<'a> {
     }
 
     /// Whether [`LogWriter::append`] would take the event.
-    pub fn check(&self, digests: &Digests, event: &[u8]) -> Result<(), LogError> {
+    pub fn check(&self, digests: &Digests, event: &[u8]) -> Result<(), Error> {
         if !digests.are_of(&self.banks) {
-            return Err(LogError::Digests);
+            return Err(Error::Digests);
         }
         // PCR, type, digest count, event size; algorithm identifier and digest of each bank.
         let need = self
@@ -142,7 +137,7 @@ impl<'a> LogWriter<'a> {
             .map(|bank| usize::from(bank.size).saturating_add(2))
             .fold(16_usize.saturating_add(event.len()), usize::saturating_add);
         let have = self.out.left();
-        if need > have || u32::try_from(need).is_err() { Err(LogError::Full { need, have }) } else { Ok(()) }
+        if need > have || u32::try_from(need).is_err() { Err(full(need, have)) } else { Ok(()) }
     }
 
     /// Appends a TCG_PCR_EVENT2; on an error the log is as it was.
@@ -152,7 +147,7 @@ impl<'a> LogWriter<'a> {
         event_type: u32,
         digests: &Digests,
         event: &[u8],
-    ) -> Result<(), LogError> {
+    ) -> Result<(), Error> {
         self.check(digests, event)?;
         let out = &mut self.out;
         out.put32(pcr)?;
@@ -167,7 +162,7 @@ impl<'a> LogWriter<'a> {
         out.put(event)
     }
 
-    fn write_spec_id(&mut self) -> Result<(), LogError> {
+    fn write_spec_id(&mut self) -> Result<(), Error> {
         let (out, banks) = (&mut self.out, &self.banks);
         let count = banks.len() as u32;
         // Signature, version, count, banks, empty vendor information.

@@ -10,7 +10,7 @@ use hv::launch::EV_SLAUNCH;
 
 use crate::log::extended;
 use crate::model::{Crb, FakeTpm, Fifo, Ticks};
-use crate::{Bank, Contention, Digest, Digests, Error, HashAlg, Locality, Log, LogError, LogWriter, Tpm};
+use crate::{Bank, Contention, Digest, Digests, Error, HashAlg, Locality, Log, LogWriter, Tpm};
 
 const ALL: [HashAlg; 4] = [HashAlg::SHA1, HashAlg::SHA256, HashAlg::SHA384, HashAlg::SHA512];
 
@@ -110,7 +110,7 @@ fn no_event_without_an_extend_and_no_extend_without_room() {
     tpm.measure(&mut log, 17, EV_SLAUNCH, b"x", &digests).unwrap();
     let before = fifo.state().tpm.pcr(HashAlg::SHA256, 17);
     let full = tpm.measure(&mut log, 17, EV_SLAUNCH, b"x", &digests);
-    assert!(matches!(full, Err(Error::Log(LogError::Full { .. }))), "{full:?}");
+    assert!(matches!(full, Err(Error::LogFull { .. })), "{full:?}");
     assert_eq!(fifo.state().tpm.pcr(HashAlg::SHA256, 17), before);
 }
 

@@ -4,7 +4,7 @@ use hv::io::{Clock, Mmio};
 
 use crate::bank::{Bank, Banks, Digest, Digests, HashAlg};
 use crate::command::{self, CC_GET_CAPABILITY, CC_PCR_EXTEND, CC_PCR_READ, Command, RESPONSE_MAX};
-use crate::error::Error;
+use crate::error::{Error, Field};
 use crate::hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks};
 use crate::log::LogWriter;
 use crate::transport::{Chip, Contention, Locality};
@@ -142,7 +142,7 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
         for bank in &mut banks {
             if bank.size == 0 {
                 let digest = self.read_pcr(bank.alg, PCR_OF_EVERY_BANK)?;
-                let unknown = Error::Response { field: "hash", value: bank.alg.0.into() };
+                let unknown = Error::Response { field: Field::Hash, value: bank.alg.0.into() };
                 bank.size = digest.ok_or(unknown)?.bank().size;
             }
         }

@@ -124,11 +124,11 @@ fn a_full_log_stays_as_it_was() {
     assert!(LogWriter::create(&mut buffer[..64], &banks).is_err());
     let mut log = LogWriter::create(&mut buffer, &banks).unwrap();
     assert_eq!(log.used(), 65);
-    assert_eq!(log.append(17, 1, &digests, b"12345"), Err(LogError::Full { need: 55, have: 54 }));
-    assert_eq!(log.append(17, 1, &Digests::default(), b""), Err(LogError::Digests));
+    assert_eq!(log.append(17, 1, &digests, b"12345"), Err(Error::LogFull { need: 55, have: 54 }));
+    assert_eq!(log.append(17, 1, &Digests::default(), b""), Err(Error::Digests));
     assert_eq!(log.used(), 65);
     log.append(17, 1, &digests, b"1234").unwrap();
-    assert_eq!(log.append(17, 1, &digests, b""), Err(LogError::Full { need: 50, have: 0 }));
+    assert_eq!(log.append(17, 1, &digests, b""), Err(Error::LogFull { need: 50, have: 0 }));
 }
 
 #[test]

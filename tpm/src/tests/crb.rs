@@ -6,7 +6,7 @@ use crate::{BASE, Contention, Error, Locality, Tpm, Wait};
 
 #[test]
 fn every_fault_is_its_error_in_bounded_time() {
-    let buffer = |address, size| Error::Buffer { address, size };
+    let buffer = |address: u64, size| Error::Buffer { address: address.try_into().unwrap_or(u32::MAX), size };
     let page = BASE + 0x2080;
     for (fault, error, ms) in [
         (CrbFault::NeverValid, Error::LocalityUnavailable { locality: 2 }, 750..800),

@@ -5,7 +5,7 @@ use tpm2_protocol::frame::TpmCommand;
 
 use super::{ALL, launched, open};
 use crate::model::{Crb, Fifo};
-use crate::{Error, HashAlg, MAX_BANKS};
+use crate::{Error, Field, HashAlg, MAX_BANKS};
 
 /// The error of an open when the first command is answered with `answer`.
 fn answered(answer: &[u8]) -> Option<Error> {
@@ -80,18 +80,18 @@ fn malformed_responses_are_named() {
     let sha256: &[u8] = &[0, 11, 3, 255, 255, 255];
     for (answer, error) in [
         // A TPM 1.2.
-        (vec![0, 0xc4, 0, 0, 0, 10, 0, 0, 0, 0x1e], field("tag", 0xc4)),
+        (vec![0, 0xc4, 0, 0, 0, 10, 0, 0, 0, 0x1e], field(Field::Tag, 0xc4)),
         (vec![0x80, 1, 0, 0, 0, 9, 0, 0, 0, 0], size(9)),
         (vec![0x80, 1, 0, 0, 1, 1, 0, 0, 0, 0], size(257)),
         (vec![0x80, 1, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0], size(u32::MAX)),
-        (vec![0x80, 1, 0, 0, 0, 10, 0, 0, 0, 0], field("moreData", 0)),
-        (vec![0x80, 1, 0, 0, 0, 11, 0, 0, 0, 0, 1], field("moreData", 1)),
-        (vec![0x80, 1, 0, 0, 0, 15, 0, 0, 0, 0, 0, 0, 0, 0, 6], field("capability", 6)),
-        (banks(2, sha256), field("hash", 0)),
-        (banks(u32::MAX, sha256), field("hash", 0)),
-        (banks(0, sha256), field("trailing bytes", 6)),
-        (banks(1, &[0, 11, 4, 255, 255, 255]), field("pcrSelect", 0)),
-        (banks(2, &[sha256, sha256].concat()), field("hash", 11)),
+        (vec![0x80, 1, 0, 0, 0, 10, 0, 0, 0, 0], field(Field::MoreData, 0)),
+        (vec![0x80, 1, 0, 0, 0, 11, 0, 0, 0, 0, 1], field(Field::MoreData, 1)),
+        (vec![0x80, 1, 0, 0, 0, 15, 0, 0, 0, 0, 0, 0, 0, 0, 6], field(Field::Capability, 6)),
+        (banks(2, sha256), field(Field::Hash, 0)),
+        (banks(u32::MAX, sha256), field(Field::Hash, 0)),
+        (banks(0, sha256), field(Field::Trailing, 6)),
+        (banks(1, &[0, 11, 4, 255, 255, 255]), field(Field::Select, 0)),
+        (banks(2, &[sha256, sha256].concat()), field(Field::Hash, 11)),
         (banks(0, &[]), Some(Error::NoBanks)),
         (banks(1, &[0, 11, 3, 0, 0, 0]), Some(Error::NoBanks)),
         (
@@ -99,7 +99,7 @@ fn malformed_responses_are_named() {
             Some(Error::TooManyBanks),
         ),
         // An unknown bank whose size the TPM then does not tell.
-        (banks(1, &[0x77, 0x77, 3, 255, 255, 255]), field("hash", 0x7777)),
+        (banks(1, &[0x77, 0x77, 3, 255, 255, 255]), field(Field::Hash, 0x7777)),
     ] {
         assert_eq!(answered(&answer), error, "{answer:x?}");
     }
@@ -119,21 +119,21 @@ fn a_pcr_of_another_size_or_bank_is_refused() {
     };
     assert_eq!(read(|_| ()).unwrap().unwrap().as_bytes(), [5; 32]);
     let bad = |field, value| Err(Error::Response { field, value });
-    assert_eq!(read(|a| a[19] = 12), bad("hash", 12));
-    assert_eq!(read(|a| a[17] = 2), bad("selection count", 2));
-    assert_eq!(read(|a| a[23] = 4), bad("digest count", 1));
-    assert_eq!(read(|a| a[27] = 2), bad("digest count", 2));
-    assert_eq!(read(|a| a[29] = 33), bad("digest", 0));
-    assert_eq!(read(|a| a[29] = 31), bad("trailing bytes", 1));
+    assert_eq!(read(|a| a[19] = 12), bad(Field::Hash, 12));
+    assert_eq!(read(|a| a[17] = 2), bad(Field::SelectionCount, 2));
+    assert_eq!(read(|a| a[23] = 4), bad(Field::DigestCount, 1));
+    assert_eq!(read(|a| a[27] = 2), bad(Field::DigestCount, 2));
+    assert_eq!(read(|a| a[29] = 33), bad(Field::Digest, 0));
+    assert_eq!(read(|a| a[29] = 31), bad(Field::Trailing, 1));
     assert_eq!(
         read(|a| {
             a.pop();
             (a[5], a[29]) = (61, 31);
         }),
-        bad("digest size", 31)
+        bad(Field::DigestSize, 31)
     );
-    assert_eq!(tpm.read_pcr(HashAlg::SHA256, 24), bad("PCR", 24));
-    assert_eq!(tpm.read_pcr(HashAlg::SHA256, 32), bad("PCR", 32));
+    assert_eq!(tpm.read_pcr(HashAlg::SHA256, 24), bad(Field::Pcr, 24));
+    assert_eq!(tpm.read_pcr(HashAlg::SHA256, 32), bad(Field::Pcr, 32));
 }
 
 /// Answers of any bytes, most of them with a header that gets past the first checks.
