@@ -1,4 +1,6 @@
 //! The event log: who tried what, where.
+//!
+//! QEMU 7.2 never writes one: it takes the log for overflowed always. Later versions do.
 
 /// What an IOMMU logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -327,12 +327,11 @@ impl<W: Mmio> AmdVi<W> {
         for device in 0..DEVICES {
             let address = self.area.entry(device);
             let rights = address.wrapping_add(RIGHTS as u64);
-            let bytes = dte_bytes(self.entry_of(device as u16));
-            let (low, from_rights) = bytes.split_at(RIGHTS);
+            let mut bytes = dte_bytes(self.entry_of(device as u16));
+            let last = core::mem::take(&mut bytes[RIGHTS]);
             let written = platform.write(rights, &[0])
-                && platform.write(address, low)
-                && platform.write(rights.wrapping_add(1), from_rights.get(1..).unwrap_or_default())
-                && platform.write(rights, from_rights.get(..1).unwrap_or_default());
+                && platform.write(address, &bytes)
+                && platform.write(rights, &[last]);
             if !written {
                 return Err(Error::Memory { address });
             }
