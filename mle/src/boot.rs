@@ -313,3 +313,167 @@ fn copy(mem: &impl PhysMem, from: u64, to: u64, len: u64) -> Result<(), BootErro
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::cell::RefCell;
+    use firmware::linux::HEADER_BYTES;
+    use hv::radix::ENTRIES;
+
+    const MIB: u64 = 1 << 20;
+    const RAM: usize = 64 << 20;
+
+    /// RAM from 0; page tables for the guest are written into it too.
+    struct Ram(RefCell<Vec<u8>>);
+    impl PhysMem for Ram {
+        fn read(&self, addr: u64, out: &mut [u8]) -> bool {
+            let at = addr as usize;
+            self.0.borrow().get(at..at + out.len()).map(|b| out.copy_from_slice(b)).is_some()
+        }
+        fn write(&self, addr: u64, data: &[u8]) -> bool {
+            let at = addr as usize;
+            self.0.borrow_mut().get_mut(at..at + data.len()).map(|b| b.copy_from_slice(data)).is_some()
+        }
+    }
+    struct Pool<'a>(&'a Ram, u64);
+    impl TablePool for Pool<'_> {
+        fn alloc(&mut self) -> Option<u64> {
+            self.1 += PAGE_SIZE;
+            Some(self.1 - PAGE_SIZE)
+        }
+        fn read(&self, table: u64, index: usize) -> u64 {
+            assert!(index < ENTRIES);
+            let mut bytes = [0; 8];
+            assert!(self.0.read(table + index as u64 * 8, &mut bytes));
+            u64::from_le_bytes(bytes)
+        }
+        fn write(&mut self, table: u64, index: usize, entry: u64) {
+            assert!(self.0.write(table + index as u64 * 8, &entry.to_le_bytes()));
+        }
+    }
+
+    fn range(start: u64, len: u64) -> PhysRange {
+        PhysRange::new(start, len).unwrap()
+    }
+
+    fn inputs() -> Inputs {
+        Inputs {
+            slb: range(40 * MIB, 0x1_0000),
+            region: range(42 * MIB, 8 * MIB),
+            dma_area: range(46 * MIB, 4 * MIB),
+            launch_page: range(0x9_0000, 0x2000),
+            log: range(41 * MIB, 0x1_0000),
+            log_used: 0,
+            kernel: range(52 * MIB, MIB),
+            initrd: Some(range(54 * MIB, 0x1234)),
+            cmdline: Some(range(55 * MIB, 7)),
+            config: None,
+            memory_map: range(56 * MIB, 0x1000),
+            descriptor: (40, 1),
+            efi_system_table: 0,
+            acpi_rsdp: 0,
+            screen_info: [0; 64],
+            tpm_degraded: false,
+            tsc_khz: 1,
+        }
+    }
+
+    /// All of the 64 MiB as conventional memory, but for a runtime region right where a kernel likes to be.
+    fn map() -> MemoryMap {
+        let descriptor = |ty: u32, start: u64, end: u64, attributes: u64| {
+            let mut d = Vec::new();
+            d.extend_from_slice(&u64::from(ty).to_le_bytes());
+            for word in [start, 0, (end - start) / PAGE_SIZE, attributes] {
+                d.extend_from_slice(&word.to_le_bytes());
+            }
+            d
+        };
+        let runtime = 8 << 60;
+        let bytes = [
+            descriptor(7, 0, 16 * MIB, 8),
+            descriptor(6, 16 * MIB, 17 * MIB, 8 | runtime),
+            descriptor(7, 17 * MIB, 64 * MIB, 8),
+        ]
+        .concat();
+        MemoryMap::parse(&bytes, 40, 1).unwrap()
+    }
+
+    fn kernel() -> Kernel {
+        let mut h = vec![0u8; HEADER_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| h[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[4]);
+        put(0x1f4, &((MIB as u32 - 5 * 512) / 16).to_le_bytes());
+        put(0x1fe, &0xaa55u16.to_le_bytes());
+        put(0x200, &[0xeb, 0x6a]);
+        put(0x202, b"HdrS");
+        put(0x206, &0x20fu16.to_le_bytes());
+        put(0x211, &[1]);
+        put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+        put(0x230, &(2u32 << 20).to_le_bytes());
+        put(0x234, &[1, 21]);
+        put(0x236, &3u16.to_le_bytes());
+        put(0x238, &2047u32.to_le_bytes());
+        put(0x258, &(16 * MIB).to_le_bytes());
+        put(0x260, &(4 * MIB as u32).to_le_bytes());
+        Kernel::parse(&h, MIB).unwrap()
+    }
+
+    #[test]
+    fn nothing_of_the_guest_lies_on_what_is_not_its() {
+        let (inputs, map) = (inputs(), map());
+        let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE).unwrap();
+        let guests = [layout.placement.room, layout.boot, layout.thunks, layout.tables];
+        let others = [
+            inputs.slb,
+            inputs.region,
+            inputs.log,
+            inputs.kernel,
+            inputs.initrd.unwrap(),
+            inputs.cmdline.unwrap(),
+            layout.sandbox,
+            range(16 * MIB, MIB),
+        ];
+        for (i, a) in guests.iter().enumerate() {
+            assert!(others.iter().chain(&guests[i + 1..]).all(|b| !a.overlaps(b)), "{a}");
+        }
+        for ram in layout.map.ram() {
+            for closed in
+                [inputs.slb, inputs.region, inputs.launch_page, layout.sandbox, range(16 * MIB, MIB)]
+            {
+                assert!(!ram.overlaps(&closed), "{ram} {closed}");
+            }
+        }
+        // The preferred address is the firmware's: the kernel went to the next aligned place.
+        assert_eq!(layout.placement.room.start(), 18 * MIB);
+    }
+
+    #[test]
+    fn the_guest_starts_with_what_was_loaded() {
+        let (inputs, map, kernel) = (inputs(), map(), kernel());
+        let ram = Ram(RefCell::new(vec![0; RAM]));
+        ram.write(inputs.cmdline.unwrap().start(), b"quiet x");
+        ram.write(inputs.kernel.start() + 5 * 512, b"first byte of the protected-mode code");
+        let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE).unwrap();
+        let start = write(&layout, &inputs, &kernel, &ram, |area| Pool(&ram, area.start())).unwrap();
+        let mut code = [0; 5];
+        ram.read(layout.placement.room.start(), &mut code);
+        assert_eq!(&code, b"first");
+        assert_eq!(start.rip, layout.placement.room.start() + 0x200);
+        let mut pointer = [0; 4];
+        ram.read(start.zero_page + 0x228, &mut pointer);
+        let mut cmdline = [0xff; 8];
+        ram.read(u32::from_le_bytes(pointer).into(), &mut cmdline);
+        assert_eq!(&cmdline, b"quiet x\0");
+        let tables = start.cr3;
+        assert!(layout.boot.contains_addr(tables) && layout.boot.contains_addr(tables + BOOT_TABLES - 1));
+        assert!(layout.boot.contains_addr(start.rsp - 1));
+    }
+
+    #[test]
+    fn a_machine_without_room_is_an_error() {
+        let (inputs, map, kernel) = (inputs(), map(), kernel());
+        let error = plan(&inputs, &map, &kernel, 1 << 40).err();
+        assert_eq!(error, Some(BootError::NoRoom { size: 1 << 40 }));
+    }
+}

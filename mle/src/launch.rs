@@ -5,14 +5,13 @@
 
 use core::convert::Infallible;
 use core::fmt;
-use core::sync::atomic::Ordering;
 
 use firmware::acpi;
 use firmware::call::Gate;
 use firmware::config::{Config, ConfigError};
 use firmware::linux::{HEADER_BYTES, Kernel, LinuxError};
 use firmware::measure;
-use firmware::memmap::{MapError, MemoryMap, MemoryType as EfiType};
+use firmware::memmap::{MapError, MemoryMap};
 use firmware::sandbox::Sandbox;
 use firmware::service::Service;
 use firmware::tables::{FirmwareTables, TablesError};
@@ -20,7 +19,7 @@ use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, event};
 use hv::radix::{self, AMD_VI, NPT, PageSize, Tables};
-use hv::space::{self, AddressSpace, Hole, Kind, View};
+use hv::space::{self, View};
 use hv::vcpu::Vcpu;
 use iommu::amd_vi::{AmdVi, DmaArea, Interrupts, Root};
 use iommu::ivrs::Ivrs;
@@ -29,16 +28,28 @@ use svm::maps::{Iopm, Msrpm};
 use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 
 use crate::apic::Xapic;
-use crate::boot::{self, BootError, Layout};
+use crate::boot::{self, BootError};
 use crate::cpu::{Cpu, CpuMemory, FpuArea};
-use crate::guest::apic_window::ApicWindow;
 use crate::inputs::{self, InputError, Inputs};
-use crate::measure::{MeasureError, Measurer, TPM_CLOSED};
+use crate::measure::{MeasureError, Measurer};
+use crate::memory::{self, ApicPage, MemoryError};
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 use crate::platform::Machine;
 use crate::pool::PagePool;
 use crate::smp::{Setup, SmpError};
 use crate::{apic as local_apic, fatal, guest, logger, paging, run, services, smp, trap};
+
+/// Devices that firmware may not claim for its runtime; IOMMUs and the MLE's memory are refused by the address space.
+const FIXED_DEVICES: [PhysRange; 2] = [
+    match PhysRange::new(local_apic::XAPIC_BASE, PAGE_SIZE) {
+        Some(range) => range,
+        None => unreachable!(),
+    },
+    match PhysRange::new(tpm::BASE, tpm::WINDOW_SIZE as u64) {
+        Some(range) => range,
+        None => unreachable!(),
+    },
+];
 
 /// Where the parts of the running image are.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +93,8 @@ pub enum LaunchError<'a> {
     Efi(TablesError),
     /// The MLE region is used up.
     OutOfMemory(&'static str),
+    /// Nested tables.
+    Memory(MemoryError),
     /// The other CPUs.
     Smp(SmpError),
     /// The CPU lacks something.
@@ -103,6 +116,7 @@ impl fmt::Display for LaunchError<'_> {
             Self::Space(e) => write!(f, "address space: {e}"),
             Self::Efi(e) => write!(f, "{e}"),
             Self::OutOfMemory(what) => write!(f, "the MLE region has no room left for {what}"),
+            Self::Memory(e) => write!(f, "{e}"),
             Self::Smp(e) => write!(f, "{e}"),
             Self::Cpu(what) => write!(f, "this CPU {what}"),
         }
@@ -129,6 +143,7 @@ from_error! {
     radix::Error => Tables;
     space::Error => Space;
     SmpError => Smp;
+    MemoryError => Memory;
     TablesError => Efi;
 }
 
@@ -228,8 +243,10 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     mem.read(inputs.kernel.start(), &mut head);
     let kernel = Kernel::parse(&head, inputs.kernel.len())?;
     let layout = boot::plan(&inputs, &map, &kernel, services::SANDBOX_SIZE)?;
-    let cpus = count_cpus(&mem, inputs.acpi_rsdp)?;
-    let space = describe_space(&inputs, &map, &layout, iommus.windows(), &features)?;
+    let cpus = crate::acpi::count_cpus(&mem, &acpi);
+    let ecam = crate::acpi::ecam(&mem, &acpi);
+    map.check_runtime(&FIXED_DEVICES)?;
+    let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
     let nested = Tables::new(&NPT, 4, features.largest, &mut pool)?;
     space.map_view(View::Guest, &nested, &mut pool)?;
     let dma = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
@@ -343,65 +360,6 @@ fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize) -> heapless::String<1024> {
     text
 }
 
-/// The guest's APIC page in the nested tables that all CPUs share, closed there; each CPU has its own view.
-struct ApicPage {
-    root: u64,
-    levels: u32,
-    /// The entry that leads to the device, with the rights the address space gives the guest.
-    device: u64,
-}
-
-impl ApicPage {
-    const RANGE: PhysRange = match PhysRange::new(local_apic::XAPIC_BASE, PAGE_SIZE) {
-        Some(range) => range,
-        None => unreachable!(),
-    };
-
-    fn take(
-        space: &AddressSpace,
-        nested: &Tables,
-        pool: &mut PagePool,
-    ) -> Result<Self, LaunchError<'static>> {
-        nested.unmap(pool, Self::RANGE)?;
-        space.map_part(View::Guest, Self::RANGE, nested, pool)?;
-        let (_, entry) = pool
-            .own_path(nested.root(), nested.levels(), local_apic::XAPIC_BASE)
-            .ok_or(LaunchError::OutOfMemory("nested tables"))?;
-        let device = entry.load(Ordering::Relaxed);
-        nested.unmap(pool, Self::RANGE)?;
-        Ok(Self { root: nested.root(), levels: nested.levels(), device })
-    }
-
-    /// Nested tables of one CPU, and its view of the page.
-    fn window(&self, pool: &mut PagePool) -> Result<(u64, ApicWindow), LaunchError<'static>> {
-        let none = LaunchError::OutOfMemory("nested tables");
-        let Some((root, entry)) = pool.own_path(self.root, self.levels, local_apic::XAPIC_BASE) else {
-            return Err(none);
-        };
-        let Some(page) = pool.words() else { return Err(none) };
-        let shadow = (self.device & !local_apic::XAPIC_BASE) | page.as_ptr() as u64;
-        Ok((root, ApicWindow::new(entry, self.device, shadow, page)))
-    }
-}
-
-/// CPUs that the MADT lists as enabled. Hostile: too few leaves CPUs in INIT state, too many fails the launch.
-fn count_cpus(mem: &impl PhysMem, rsdp: u64) -> Result<usize, LaunchError<'static>> {
-    const HEADER: usize = 44;
-    const LOCAL_APIC: u8 = 0;
-    const ENABLED: u8 = 1;
-    let mut table = [0; 8192];
-    let len = iommu::acpi::copy_table(mem, rsdp, *b"APIC", &mut table)?;
-    let mut rest = table.get(HEADER..len).unwrap_or_default();
-    let mut count = 0usize;
-    while let [kind, size, body @ ..] = rest {
-        if *kind == LOCAL_APIC && body.get(2).is_some_and(|flags| flags & ENABLED != 0) {
-            count = count.saturating_add(1);
-        }
-        rest = rest.get(usize::from(*size).max(2)..).unwrap_or_default();
-    }
-    Ok(count)
-}
-
 /// What of the CPU decides about tables.
 struct Features {
     smep: bool,
@@ -460,34 +418,4 @@ fn own_tables(
     let tables = paging::build(pool, image, ram_end, features.largest, &[inputs.slb], &devices)?;
     memory.guard(pool, &tables)?;
     Ok(tables)
-}
-
-/// Who may reach what: the one description from which guest, sandbox and device tables are made (I1).
-fn describe_space(
-    inputs: &Inputs,
-    map: &MemoryMap,
-    layout: &Layout,
-    iommus: impl Iterator<Item = PhysRange>,
-    features: &Features,
-) -> Result<AddressSpace, LaunchError<'static>> {
-    let mut space = AddressSpace::new(features.bits, inputs.region, Some(inputs.slb))?;
-    space.assign(inputs.launch_page, Kind::Closed(Hole::LaunchPage))?;
-    space.assign(TPM_CLOSED, Kind::Closed(Hole::TpmLocality))?;
-    for window in iommus {
-        space.assign(window, Kind::Closed(Hole::IommuRegisters))?;
-    }
-    for region in map.runtime() {
-        let kind = match region.ty {
-            // The firmware's drivers mix code and data in these pages.
-            EfiType::RUNTIME_SERVICES_CODE => Kind::FirmwareImage,
-            EfiType::MMIO => Kind::FirmwareMmio,
-            _ => Kind::FirmwareData,
-        };
-        space.assign(region.range, kind)?;
-    }
-    space.assign(layout.sandbox, Kind::CallBuffer)?;
-    for range in layout.map.ram() {
-        space.assign(range, Kind::Ram)?;
-    }
-    Ok(space)
 }

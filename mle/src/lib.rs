@@ -3,6 +3,7 @@
 // Tests may overflow: that is how they fail.
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
 
+pub mod acpi;
 pub mod apic;
 pub mod boot;
 pub mod cpu;
@@ -14,6 +15,7 @@ pub mod inputs;
 pub mod launch;
 pub mod logger;
 pub mod measure;
+pub mod memory;
 pub mod metal;
 pub mod paging;
 pub mod platform;

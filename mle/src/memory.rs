@@ -1,0 +1,109 @@
+//! Who may reach which memory, and each CPU's own view of its APIC page.
+
+use core::fmt;
+use core::sync::atomic::Ordering;
+
+use firmware::memmap::{MemoryMap, MemoryType};
+use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::radix::{self, Tables};
+use hv::space::{self, AddressSpace, Hole, Kind, View};
+
+use crate::apic::XAPIC_BASE;
+use crate::boot::Layout;
+use crate::guest::apic_window::ApicWindow;
+use crate::inputs::Inputs;
+use crate::measure::TPM_CLOSED;
+use crate::pool::PagePool;
+
+/// Why tables could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryError {
+    /// The builder's error.
+    Tables(radix::Error),
+    /// The MLE region has no page left.
+    OutOfMemory,
+}
+
+impl fmt::Display for MemoryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tables(e) => write!(f, "{e}"),
+            Self::OutOfMemory => f.write_str("the MLE region has no room left for nested tables"),
+        }
+    }
+}
+
+impl From<radix::Error> for MemoryError {
+    fn from(e: radix::Error) -> Self {
+        Self::Tables(e)
+    }
+}
+
+/// Who may reach what: the one description from which guest, sandbox and device tables are made (I1). `iommus` are
+/// register windows, `ecam` is PCI configuration space, which stays the guest's alone.
+pub fn describe(
+    inputs: &Inputs,
+    map: &MemoryMap,
+    layout: &Layout,
+    iommus: impl Iterator<Item = PhysRange>,
+    ecam: &[PhysRange],
+    phys_bits: u32,
+) -> Result<AddressSpace, space::Error> {
+    let mut space = AddressSpace::new(phys_bits, inputs.region, Some(inputs.slb))?;
+    space.assign(inputs.launch_page, Kind::Closed(Hole::LaunchPage))?;
+    space.assign(TPM_CLOSED, Kind::Closed(Hole::TpmLocality))?;
+    for window in iommus {
+        space.assign(window, Kind::Closed(Hole::IommuRegisters))?;
+    }
+    for region in map.runtime().filter(|r| !ecam.iter().any(|e| e.overlaps(&r.range))) {
+        let kind = match region.ty {
+            // The firmware's drivers mix code and data in these pages.
+            MemoryType::RUNTIME_SERVICES_CODE => Kind::FirmwareImage,
+            MemoryType::MMIO => Kind::FirmwareMmio,
+            _ => Kind::FirmwareData,
+        };
+        space.assign(region.range, kind)?;
+    }
+    space.assign(layout.sandbox, Kind::CallBuffer)?;
+    for range in layout.map.ram() {
+        space.assign(range, Kind::Ram)?;
+    }
+    Ok(space)
+}
+
+/// The guest's APIC page in the nested tables that all CPUs share, closed there; each CPU has its own view.
+pub struct ApicPage {
+    root: u64,
+    levels: u32,
+    /// The entry that leads to the device, with the rights the address space gives the guest.
+    device: u64,
+}
+
+impl ApicPage {
+    const RANGE: PhysRange = match PhysRange::new(XAPIC_BASE, PAGE_SIZE) {
+        Some(range) => range,
+        None => unreachable!(),
+    };
+
+    /// Takes the page out of `nested`, the tables of all CPUs, which must not change any more.
+    pub fn take(space: &AddressSpace, nested: &Tables, pool: &mut PagePool) -> Result<Self, MemoryError> {
+        nested.unmap(pool, Self::RANGE)?;
+        space.map_part(View::Guest, Self::RANGE, nested, pool)?;
+        let (_, entry) =
+            pool.own_path(nested.root(), nested.levels(), XAPIC_BASE).ok_or(MemoryError::OutOfMemory)?;
+        let device = entry.load(Ordering::Relaxed);
+        nested.unmap(pool, Self::RANGE)?;
+        Ok(Self { root: nested.root(), levels: nested.levels(), device })
+    }
+
+    /// Nested tables of one CPU, and its view of the page.
+    pub fn window(&self, pool: &mut PagePool) -> Result<(u64, ApicWindow), MemoryError> {
+        let none = MemoryError::OutOfMemory;
+        let Some((root, entry)) = pool.own_path(self.root, self.levels, XAPIC_BASE) else {
+            return Err(none);
+        };
+        let Some(page) = pool.words() else { return Err(none) };
+        let shadow = (self.device & !XAPIC_BASE) | page.as_ptr() as u64;
+        Ok((root, ApicWindow::new(entry, self.device, shadow, page)))
+    }
+}
