@@ -78,7 +78,7 @@ kernel() {
         quietly build/apt.log download || die "guest kernel: download of $package failed, see build/apt.log"
     fi
     dpkg-deb --fsys-tarfile build/kernel.new/deb/*.deb | tar -x -C build/kernel.new/deb --wildcards \
-        './boot/vmlinuz-*' './lib/modules/*/kernel/arch/x86/kernel/*' './lib/modules/*/kernel/crypto/*' \
+        './boot/vmlinuz-*' './lib/modules/*/kernel/arch/x86/kernel/*' './lib/modules/*/kernel/block/*' './lib/modules/*/kernel/crypto/*' \
         './lib/modules/*/kernel/drivers/ata/*' './lib/modules/*/kernel/drivers/firmware/*' \
         './lib/modules/*/kernel/drivers/scsi/*' './lib/modules/*/kernel/fs/efivarfs/*' \
         './lib/modules/*/kernel/fs/fat/*' './lib/modules/*/kernel/fs/nls/*' './lib/modules/*/kernel/lib/*' ||

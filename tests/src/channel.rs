@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 
-const READY: &[u8] = b"CORDON-BENCH READY\n";
+const READY: &[u8] = b"CORDON-BENCH READY";
 
 /// What a command in the guest did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,9 @@ pub struct Channel {
     stream: UnixStream,
     incoming: Receiver<Vec<u8>>,
     buffer: Vec<u8>,
+    /// Bytes at the buffer's start that hold no start of what is looked for. Bytes come one by one, and
+    /// looking at all of them each time takes a minute for a hundred kilobytes.
+    searched: usize,
 }
 
 /// What waiting found.
@@ -57,16 +60,16 @@ impl Channel {
                 }
             }
         });
-        Ok(Self { stream, incoming, buffer: Vec::new() })
+        Ok(Self { stream, incoming, buffer: Vec::new(), searched: 0 })
     }
 
     /// Waits up to `time` for the guest's init. What firmware wrote to the port before is dropped.
     pub fn ready(&mut self, time: Duration) -> Wait<()> {
-        self.wait(time, |buffer| {
-            let at = buffer.windows(READY.len()).position(|w| w == READY)?;
-            buffer.drain(..at + READY.len());
-            Some(())
-        })
+        match self.wait_line(READY, time) {
+            Wait::Done(_) => Wait::Done(()),
+            Wait::Pending => Wait::Pending,
+            Wait::Closed => Wait::Closed,
+        }
     }
 
     /// Sends a shell script; ask for its output with [`Self::output`]. Returns the mark that ends it.
@@ -82,16 +85,7 @@ impl Channel {
 
     /// Waits up to `time` for the end of the script with `mark`.
     pub fn output(&mut self, mark: &str, time: Duration) -> Result<Wait<Output>> {
-        let start = format!("{mark} ").into_bytes();
-        let found = self.wait(time, |buffer| {
-            let at = buffer.windows(start.len()).position(|w| w == start)?;
-            let end = at + buffer[at..].iter().position(|&b| b == b'\n')?;
-            let bytes = buffer[..at].to_vec();
-            let trailer = String::from_utf8_lossy(&buffer[at + start.len()..end]).into_owned();
-            buffer.drain(..=end);
-            Some((bytes, trailer))
-        });
-        let (bytes, trailer) = match found {
+        let (bytes, trailer) = match self.wait_line(format!("{mark} ").as_bytes(), time) {
             Wait::Done(done) => done,
             Wait::Pending => return Ok(Wait::Pending),
             Wait::Closed => return Ok(Wait::Closed),
@@ -121,11 +115,25 @@ impl Channel {
         self.stream.write_all(b"off\n").context("command channel")
     }
 
-    fn wait<T>(&mut self, time: Duration, mut find: impl FnMut(&mut Vec<u8>) -> Option<T>) -> Wait<T> {
+    /// Waits for `start` and the rest of its line; gives what came before it, and that rest.
+    fn wait_line(&mut self, start: &[u8], time: Duration) -> Wait<(Vec<u8>, String)> {
         let end = Instant::now() + time;
         loop {
-            if let Some(found) = find(&mut self.buffer) {
-                return Wait::Done(found);
+            let fresh = self.buffer.get(self.searched..).unwrap_or_default();
+            match fresh.windows(start.len()).position(|w| w == start) {
+                None => self.searched = (self.buffer.len() + 1).saturating_sub(start.len()),
+                Some(at) => {
+                    self.searched += at;
+                    let rest = self.searched + start.len();
+                    if let Some(length) = self.buffer[rest..].iter().position(|&b| b == b'\n') {
+                        let line = String::from_utf8_lossy(&self.buffer[rest..rest + length]).into_owned();
+                        let after = self.buffer.split_off(rest + length + 1);
+                        let mut before = std::mem::replace(&mut self.buffer, after);
+                        before.truncate(self.searched);
+                        self.searched = 0;
+                        return Wait::Done((before, line));
+                    }
+                }
             }
             match self.incoming.recv_timeout(end.saturating_duration_since(Instant::now())) {
                 Ok(data) => self.buffer.extend(data),
@@ -161,6 +169,22 @@ mod tests {
         let mark = channel.send_script("true").unwrap();
         guest.write_all(format!("no newline{mark} 3 10\nnext").as_bytes()).unwrap();
         let want = Output { status: 3, bytes: b"no newline".to_vec() };
+        assert_eq!(channel.output(&mark, SOON).unwrap(), Wait::Done(want));
+    }
+
+    #[test]
+    fn bytes_that_come_one_by_one_are_put_together() {
+        let (mut channel, mut guest) = pair();
+        let mark = channel.send_script("true").unwrap();
+        let sent = format!("CORDON-BENCH-END\nx{mark} 0 18\n");
+        thread::spawn(move || {
+            for byte in sent.bytes() {
+                guest.write_all(&[byte]).unwrap();
+                thread::sleep(Duration::from_millis(1));
+            }
+            guest
+        });
+        let want = Output { status: 0, bytes: b"CORDON-BENCH-END\nx".to_vec() };
         assert_eq!(channel.output(&mark, SOON).unwrap(), Wait::Done(want));
     }
 
