@@ -24,6 +24,8 @@ const VM_CR: u32 = 0xc001_0114;
 const VM_HSAVE_PA: u32 = 0xc001_0117;
 /// VM_CR.R_INIT: an INIT becomes #SX instead of a reset that would leave the MLE.
 const VM_CR_R_INIT: u64 = 1 << 1;
+const DEBUGCTL: u32 = 0x1d9;
+const DEBUGCTL_BTF: u64 = 1 << 1;
 /// Pages of an interrupt stack, under a guard page.
 const IST_PAGES: u64 = 2;
 
@@ -147,6 +149,24 @@ impl Cpu {
             x86::irq::disable();
         }
         vcpu.exit()
+    }
+
+    /// Makes single steps step by instructions, not by branches; says whether the guest had it otherwise.
+    ///
+    /// Spec: \[APM2\] "Debug-Control MSR (DebugCtl)", BTF.
+    pub fn hold_branch_trap(&self) -> bool {
+        let value = self.msrs.rdmsr(DEBUGCTL);
+        if value & DEBUGCTL_BTF != 0 {
+            self.msrs.wrmsr(DEBUGCTL, value & !DEBUGCTL_BTF);
+        }
+        value & DEBUGCTL_BTF != 0
+    }
+
+    /// Ends what [`Cpu::hold_branch_trap`] began.
+    pub fn restore_branch_trap(&self, was_on: bool) {
+        if was_on {
+            self.msrs.wrmsr(DEBUGCTL, self.msrs.rdmsr(DEBUGCTL) | DEBUGCTL_BTF);
+        }
     }
 
     /// Exchanges the FPU, SSE and AVX registers with what `area` keeps: firmware must neither see nor change the guest's.

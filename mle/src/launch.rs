@@ -33,7 +33,7 @@ use crate::cpu::{Cpu, CpuMemory, FpuArea};
 use crate::inputs::{self, InputError, Inputs};
 use crate::measure::{MeasureError, Measurer};
 use crate::memory::{self, ApicPage, MemoryError};
-use crate::metal::{Identity, PhysWindow, Ports, TscClock};
+use crate::metal::{Identity, Msrs, PhysWindow, Ports, TscClock};
 use crate::platform::Machine;
 use crate::pool::PagePool;
 use crate::smp::{Setup, SmpError};
@@ -64,6 +64,8 @@ pub struct Image {
     pub file_end: u64,
     /// End of the memory that the image uses.
     pub end: u64,
+    /// Lowest page of the stack that it runs on: taken out of the tables.
+    pub stack_guard: u64,
 }
 
 /// Why the launch failed.
@@ -251,13 +253,6 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     space.map_view(View::Guest, &nested, &mut pool)?;
     let dma = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
     space.map_view(View::Device, &dma, &mut pool)?;
-    iommus.open_guest(
-        &machine,
-        Root { table: dma.root(), levels: 4 },
-        Interrupts::for_machine(&Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?),
-    )?;
-    info!("guest: {} MiB of RAM, DMA open to it alone", layout.map.ram_bytes() >> 20);
-
     let tables = FirmwareTables::read(&mem, inputs.efi_system_table)?;
     let scratch = usize::try_from(boot::SMBIOS_AREA).unwrap_or(0);
     let scratch_at = pool.pages(boot::SMBIOS_AREA / PAGE_SIZE).ok_or(LaunchError::OutOfMemory("SMBIOS"))?;
@@ -266,6 +261,16 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     boot::write_efi(&layout, &tables, &map, &acpi, config.rt_properties(), scratch, &mem)?;
     // SAFETY: the area is free guest memory that the layout chose for these tables; nothing else uses it yet.
     let start = boot::write(&layout, &inputs, &kernel, &mem, |area| unsafe { PagePool::new(area) })?;
+
+    // Devices that the gap set to work stop before their requests are let through to what was just measured and
+    // copied; their drivers start them again.
+    stop_bus_masters(&ports);
+    iommus.open_guest(
+        &machine,
+        Root { table: dma.root(), levels: 4 },
+        Interrupts::for_machine(&Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?),
+    )?;
+    info!("guest: {} MiB of RAM, DMA open to it alone", layout.map.ram_bytes() >> 20);
 
     let log_used = measurer.finish();
     if let Some(records) = log.get(..log_used) {
@@ -285,6 +290,10 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     };
     // SAFETY: the APIC page is mapped uncached.
     let local = Xapic(unsafe { PhysWindow::new(local_apic::XAPIC_BASE, PAGE_SIZE as u32) });
+    // SAFETY: bare metal, CPL 0; read only.
+    if !Xapic::<PhysWindow>::usable(&unsafe { Msrs::new() }) {
+        return Err(LaunchError::Cpu("has its APIC moved, disabled or in x2APIC mode"));
+    }
     let apic_page = ApicPage::take(&space, &nested, &mut pool)?;
     let (root, mut window) = apic_page.window(&mut pool)?;
     let bsp = VmTables { nested_root: root, ..vm };
@@ -342,6 +351,23 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0)
 }
 
+/// Clears Bus Master Enable of all PCI functions but bridges and IOMMUs.
+///
+/// Spec: \[PCI\] "Command Register", bit 2.
+fn stop_bus_masters(ports: &Ports) {
+    const COMMAND: u8 = 4;
+    const BUS_MASTER: u32 = 1 << 2;
+    const BRIDGE: u16 = 0x06;
+    const IOMMU: u16 = 0x0806;
+    for function in iommu::pci::functions(ports) {
+        if function.class() >> 8 != BRIDGE && function.class() != IOMMU {
+            // The upper half is the status register, whose bits are cleared by ones.
+            let command = function.read(COMMAND) & 0xffff;
+            function.write(COMMAND, command & !BUS_MASTER);
+        }
+    }
+}
+
 /// What is in force, for the guest to read.
 fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize) -> heapless::String<1024> {
     let mut text = heapless::String::new();
@@ -350,7 +376,7 @@ fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize) -> heapless::String<1024> {
     let _ = fmt::write(
         &mut text,
         format_args!(
-            "version: {}\nCPUs: {cpus}\nPCRs 17-19 hold the launch: {}\nTPM localities 2 and up closed to the guest: yes\n\
+            "version: {}\nCPUs: {cpus}\nPCRs 17-19 hold the launch: {}\nTPM localities 2 and up: not in the guest's nested tables\n\
              INIT redirected (VM_CR.R_INIT): {}\n",
             env!("CARGO_PKG_VERSION"),
             say(!inputs.tpm_degraded),
@@ -417,5 +443,6 @@ fn own_tables(
     }
     let tables = paging::build(pool, image, ram_end, features.largest, &[inputs.slb], &devices)?;
     memory.guard(pool, &tables)?;
+    paging::guard(pool, &tables, image.stack_guard)?;
     Ok(tables)
 }

@@ -5,6 +5,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use hv::io::Mmio;
 use hv::vcpu::{Access, Exit, Vcpu};
+use spin::Mutex;
 use svm::vcpu::SvmVcpu;
 
 use crate::apic::{Command, ICR_HIGH, ICR_LOW, XAPIC_BASE, Xapic};
@@ -41,6 +42,44 @@ pub fn write_counts(out: &mut impl Write) {
     }
 }
 
+/// An access of the guest to memory that is not its own.
+#[derive(Clone, Copy)]
+struct Refusal {
+    cpu: usize,
+    gpa: u64,
+    access: Access,
+    rip: u64,
+}
+
+/// All refusals counted, the last ones in full.
+struct Refusals {
+    total: u64,
+    last: heapless::HistoryBuf<Refusal, 8>,
+}
+
+static REFUSALS: Mutex<Refusals> = Mutex::new(Refusals { total: 0, last: heapless::HistoryBuf::new() });
+
+fn refusals() -> spin::MutexGuard<'static, Refusals> {
+    REFUSALS.lock()
+}
+
+impl Refusals {
+    fn record(&mut self, refusal: Refusal) {
+        self.total = self.total.saturating_add(1);
+        self.last.write(refusal);
+    }
+}
+
+/// Writes how many accesses were refused, and the last ones.
+pub fn write_refusals(out: &mut impl Write) {
+    let refusals = refusals();
+    // A full buffer ends the report early.
+    let _ = writeln!(out, "refused accesses: {}", refusals.total);
+    for r in refusals.last.oldest_ordered() {
+        let _ = writeln!(out, "  cpu{} {:?} of {:#x} at rip {:#x}", r.cpu, r.access, r.gpa, r.rip);
+    }
+}
+
 /// Runs the guest on this CPU for ever.
 pub fn guest(
     cpu: &mut Cpu,
@@ -51,10 +90,12 @@ pub fn guest(
     ports: Ports,
     index: usize,
 ) -> ! {
+    let mut branch_trap = false;
     loop {
         let exit = cpu.run(vcpu);
         count(index, &exit); // before it is handled: the exit that ends us is in the statistics
         if let Some(step) = vcpu.end_step(exit) {
+            cpu.restore_branch_trap(branch_trap);
             let collected = window.view() == View::Shadow;
             window.set(View::Watched);
             vcpu.flush_nested();
@@ -68,11 +109,15 @@ pub fn guest(
         }
         let watched = (window.view() == View::Watched).then_some(XAPIC_BASE);
         match exits::answer(vcpu, exit, cpu, watched) {
-            Next::Resume | Next::Refused { .. } => {}
+            Next::Resume => {}
+            Next::Refused { gpa, access } => {
+                refusals().record(Refusal { cpu: index, gpa, access, rip: vcpu.rip() });
+            }
             Next::Apic { .. } if !smp::any_parked() => window.set(View::Device),
             Next::Apic { offset, access } => {
                 let is_command = offset & !0xf == ICR_LOW && access == Access::Write;
                 window.set(if is_command { View::Shadow } else { View::Device });
+                branch_trap = cpu.hold_branch_trap();
                 vcpu.begin_step();
             }
             Next::Smi | Next::Nmi => cpu.let_pending_in(),

@@ -129,15 +129,16 @@ struct Own<'a> {
 
 impl OwnVariables for Own<'_> {
     fn fill(&self, which: OwnVariable, out: &mut [u8]) -> usize {
-        let mut text = String::<2048>::new();
+        let mut text = String::<4096>::new();
         let content = match which {
             OwnVariable::DrtmLog => self.log,
             OwnVariable::Status => {
                 let c = self.sandbox.counters();
-                // 2048 bytes hold the status and these three lines.
+                // 4096 bytes hold all of it.
                 let _ = writeln!(text, "{}sandbox: {:?}", self.status, self.sandbox.state());
                 let _ = writeln!(text, "calls: {}, exits {}, SMIs {}", c.calls, c.exits, c.smis);
                 let _ = writeln!(text, "denied ports: {}, longest call {} us", c.denied_ports, c.longest_us);
+                run::write_refusals(&mut text);
                 text.as_bytes()
             }
             OwnVariable::Exits => {

@@ -42,12 +42,15 @@ pub fn cpuid(leaf: u32, subleaf: u32, control: &Control, native: impl Fn(u32, u3
         _ => {
             let [a, b, c, d] = native(leaf, subleaf);
             let c = match leaf {
-                1 => mirror(c | 1 << 31, 1 << 27, control.cr4 & CR4_OSXSAVE != 0),
+                // No x2APIC: its ICR is an MSR, beside the page that is watched.
+                1 => mirror(c & !(1 << 21) | 1 << 31, 1 << 27, control.cr4 & CR4_OSXSAVE != 0),
                 7 if subleaf == 0 => mirror(c, 1 << 4, control.cr4 & CR4_PKE != 0),
                 // SVM, SKINIT.
                 0x8000_0001 => c & !(1 << 2 | 1 << 12),
                 _ => c,
             };
+            // No scalable machine check: its MSRs are beyond the permission map, so that each access would exit.
+            let b = if leaf == 0x8000_0007 { b & !(1 << 3) } else { b };
             [a, b, c, d]
         }
     }
@@ -68,6 +71,8 @@ mod tests {
         assert_eq!(cpuid(0x8000_000a, 0, &CONTROL, all_ones), [0; 4]);
         assert_eq!(cpuid(0x8000_0001, 0, &CONTROL, all_ones)[2] & 0x1004, 0);
         assert_ne!(cpuid(1, 0, &CONTROL, |_, _| [0; 4])[2] & 1 << 31, 0);
+        assert_eq!(cpuid(1, 0, &CONTROL, all_ones)[2] & 1 << 21, 0, "x2APIC");
+        assert_eq!(cpuid(0x8000_0007, 0, &CONTROL, all_ones)[1] & 1 << 3, 0, "SMCA");
         let [last, b, c, d] = cpuid(BASE, 0, &CONTROL, all_ones);
         let name: Vec<u8> = [b, c, d].iter().flat_map(|w| w.to_le_bytes()).collect();
         assert_eq!((last, name.as_slice()), (LAST, b"CordonMLE   ".as_slice()));

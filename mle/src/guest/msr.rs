@@ -14,8 +14,6 @@ use svm::maps::{MsrIntercept, Msrpm};
 pub const TSC: u32 = 0x10;
 /// APIC base.
 pub const APIC_BASE: u32 = 0x1b;
-/// x2APIC interrupt command register.
-pub const X2APIC_ICR: u32 = 0x830;
 /// EFER.
 pub const EFER: u32 = 0xc000_0080;
 const TSC_RATIO: u32 = 0xc000_0104;
@@ -54,15 +52,17 @@ enum Guard {
 }
 
 /// First and last register, and the guard. Spec: \[APM2\] "MSR Cross-Reference".
-const GUARDED: [(u32, u32, Guard); 17] = [
+const GUARDED: [(u32, u32, Guard); 16] = [
     (TSC, TSC, Guard::Tsc),
-    // The base and the BSP flag stay, so that the mediated page stays where it is; the mode bits are the guest's.
-    (APIC_BASE, APIC_BASE, Guard::Fixed(!0xc00)),
+    // The base, the BSP flag and xAPIC mode stay, so that the mediated page stays what it is; the enable bit is the
+    // guest's.
+    (APIC_BASE, APIC_BASE, Guard::Fixed(!0x800)),
     (EFER, EFER, Guard::Efer),
     // TSC ratio: a part of SVM.
     (TSC_RATIO, TSC_RATIO, Guard::Absent),
-    // Memory encryption (23) and what goes with it (24-26); the MTRR enables are the guest's.
-    (SYSCFG, SYSCFG, Guard::Fixed(0x0780_0000)),
+    // What is DRAM (20-22: variable MTRRs' DRAM bits, TOM2 and its type), memory encryption (23) and what goes with it
+    // (24-26); the enables of the fixed MTRRs are the guest's.
+    (SYSCFG, SYSCFG, Guard::Fixed(0x07f0_0000)),
     // SmmLock (0): once set, SMIs can no longer be intercepted. RSM special cycle, SmiSpCycDis (13, 14).
     (HWCR, HWCR, Guard::Fixed(0x6001)),
     // Where RAM ends and what is I/O: nested tables and DMA tables were made from it.
@@ -81,8 +81,6 @@ const GUARDED: [(u32, u32, Guard); 17] = [
     (SEV_FIRST, SEV_LAST, Guard::Absent),
     // CPUID override: would show the guest's processes another CPU than the MLE decided on.
     (CPUID_OVERRIDE_FIRST, CPUID_OVERRIDE_LAST, Guard::ReadOnly),
-    // x2APIC ICR: INIT and Startup IPIs are mediated.
-    (X2APIC_ICR, X2APIC_ICR, Guard::Absent),
 ];
 
 fn guard(index: u32) -> Option<Guard> {
@@ -228,7 +226,8 @@ mod tests {
     fn the_apic_page_stays_and_its_mode_may_change() {
         let mut v = FakeVcpu::default();
         let now = || 0xfee0_0900;
-        assert_eq!(write(&mut v, APIC_BASE, 0xfee0_0d00, now, 0, 0xd01), Answer::Forward);
+        assert_eq!(write(&mut v, APIC_BASE, 0xfee0_0100, now, 0, 0xd01), Answer::Forward);
+        assert_eq!(write(&mut v, APIC_BASE, 0xfee0_0d00, now, 0, 0xd01), Answer::Fault, "x2APIC");
         assert_eq!(write(&mut v, APIC_BASE, 0xfed0_0900, now, 0, 0xd01), Answer::Fault);
         assert_eq!(write(&mut v, APIC_BASE, 0xfee0_0800, now, 0, 0xd01), Answer::Fault);
     }

@@ -17,7 +17,7 @@ unsafe extern "C" {
     static mle_end: u8;
 }
 
-/// Stack of the launch; memory maps are copied onto it. The run loops have guarded ones of their own.
+/// Stack of the first CPU, its lowest page a guard page; memory maps are copied onto it.
 const BOOT_STACK: usize = 0x4_0000;
 #[repr(C, align(4096))]
 struct BootStack([u8; BOOT_STACK]);
@@ -81,6 +81,7 @@ extern "sysv64" fn main(handoff: *const Handoff) -> ! {
         data: &raw const mle_data as u64,
         file_end: &raw const mle_file_end as u64,
         end: &raw const mle_end as u64,
+        stack_guard: &raw const STACK as u64,
     };
     // SAFETY: called once, on the BSP, at CPL 0 with GIF clear, in the identity map of the SLB stage.
     unsafe { mle::launch::start(&handoff, image) }
