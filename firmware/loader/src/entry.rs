@@ -1,6 +1,6 @@
 //! Boot entries: Boot Loader Specification type 1, with Cordon's own keys.
 //!
-//! Spec: UAPI.1 "Boot Loader Specification", "Type #1 Boot Loader Entry Keys". `docs/boot-entry.md` describes our keys.
+//! Spec: \[BLS\] "Type #1 Boot Loader Entry Keys". `docs/boot-entry.md` describes our keys.
 
 use alloc::borrow::ToOwned;
 use alloc::string::{String, ToString};

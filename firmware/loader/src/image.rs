@@ -130,7 +130,7 @@ const SECTOR: u64 = 512;
 
 /// Checks a kernel file, and that it takes a command line of `cmdline_size` bytes.
 ///
-/// Spec: Linux, `Documentation/arch/x86/boot.rst`, "The Real-Mode Kernel Header".
+/// Spec: \[LINUX-BOOT\] "The Real-Mode Kernel Header".
 pub fn check_kernel(file: &[u8], cmdline_size: u64) -> Result<(), ImageError> {
     const WHAT: &str = "a Linux bzImage";
     fn field<const N: usize>(file: &[u8], at: usize) -> Result<[u8; N], ImageError> {

@@ -27,7 +27,9 @@ pub enum Refusal {
     SvmDisabled(u64),
     /// CPUID does not offer SKINIT.
     NoSkinit,
-    /// The local APIC is off or not run by the boot processor; the value of APIC_BASE.
+    /// The CPU has no pages of 1 GiB, which the SLB stage maps memory with.
+    NoGibPages,
+    /// The local APIC is off, moved, or not the boot processor's; the value of APIC_BASE.
     Apic(u64),
     /// The time-stamp counter stands still.
     Tsc,
@@ -63,8 +65,9 @@ impl fmt::Display for Refusal {
                 f,
                 "CPU: no SKINIT (CPUID 8000_0001h ECX bit 12 is 0); where it is only hidden, the entry can insist: cordon-skinit insist"
             ),
+            Self::NoGibPages => write!(f, "CPU: no 1 GiB pages (CPUID 8000_0001h EDX bit 26 is 0)"),
             Self::Apic(base) => {
-                write!(f, "CPU: local APIC off, or not the boot processor's (APIC_BASE is {base:#x})")
+                write!(f, "CPU: local APIC off, moved, or not the boot processor's (APIC_BASE is {base:#x})")
             }
             Self::Tsc => write!(f, "CPU: the time-stamp counter stands still"),
             Self::NoAcpi => write!(f, "firmware: no ACPI 2.0 tables"),
@@ -97,6 +100,9 @@ pub fn check_cpu<R: CpuIdReader>(cpuid: &CpuId<R>, msr: &impl Msr, insist: bool)
     }
     if !features.has_skinit() && !insist {
         return Err(Refusal::NoSkinit);
+    }
+    if !features.has_1gib_pages() {
+        return Err(Refusal::NoGibPages);
     }
     Ok(())
 }
@@ -146,15 +152,19 @@ mod tests {
         }
     }
 
-    /// A CPU with this vendor and these bits in 8000_0001h ECX.
+    /// A CPU with 1 GiB pages, this vendor and these bits in 8000_0001h ECX.
     fn cpu(vendor: &'static [u8; 12], ecx: u32) -> CpuId<impl CpuIdReader> {
+        cpu_with(vendor, ecx, GIB_PAGES)
+    }
+
+    fn cpu_with(vendor: &'static [u8; 12], ecx: u32, edx: u32) -> CpuId<impl CpuIdReader> {
         let word = move |i: usize| u32::from_le_bytes(vendor[i..i + 4].try_into().unwrap());
         CpuId::with_cpuid_reader(move |leaf: u32, _: u32| {
             let none = CpuIdResult { eax: 0, ebx: 0, ecx: 0, edx: 0 };
             match leaf {
                 0 => CpuIdResult { eax: 1, ebx: word(0), edx: word(4), ecx: word(8) },
                 0x8000_0000 => CpuIdResult { eax: 0x8000_0001, ..none },
-                0x8000_0001 => CpuIdResult { ecx, ..none },
+                0x8000_0001 => CpuIdResult { ecx, edx, ..none },
                 _ => none,
             }
         })
@@ -162,6 +172,7 @@ mod tests {
 
     const SVM: u32 = 1 << 2;
     const SKINIT: u32 = 1 << 12;
+    const GIB_PAGES: u32 = 1 << 26;
 
     #[test]
     fn each_cpu_that_cannot_is_refused_with_its_reason() {
@@ -176,6 +187,8 @@ mod tests {
             "{disabled}"
         );
         assert_eq!(check_cpu(&cpu(amd, SVM), &VmCr(0), false), Err(Refusal::NoSkinit));
+        let small = cpu_with(amd, SVM | SKINIT, !GIB_PAGES);
+        assert_eq!(check_cpu(&small, &VmCr(0), true), Err(Refusal::NoGibPages));
     }
 
     #[test]

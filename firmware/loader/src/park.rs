@@ -17,6 +17,9 @@ const ENABLED: u64 = 1 << 11;
 /// APIC_BASE: the address bits.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// Where the register page is after a reset. A moved one is of no use: the SLB stage refuses it.
+pub const APIC_PAGE: u64 = 0xfee0_0000;
+
 /// ICR, low half, in the register page.
 const ICR_LOW: u32 = 0x300;
 /// ICR, high half.
@@ -36,8 +39,8 @@ pub const SETTLE_US: u64 = 20_000;
 /// How the local APIC is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Apic {
-    /// By registers at this address.
-    Page(u64),
+    /// By registers at [`APIC_PAGE`].
+    Page,
     /// By MSRs.
     X2,
 }
@@ -45,10 +48,10 @@ pub enum Apic {
 /// Finds the local APIC of this processor, which must be the boot processor: only that one may run SKINIT.
 pub fn find(msr: &impl Msr) -> Result<Apic, Refusal> {
     let base = msr.rdmsr(APIC_BASE);
-    if base & ENABLED == 0 || base & BSP == 0 {
+    if base & ENABLED == 0 || base & BSP == 0 || base & ADDRESS != APIC_PAGE {
         return Err(Refusal::Apic(base));
     }
-    Ok(if base & X2APIC != 0 { Apic::X2 } else { Apic::Page(base & ADDRESS) })
+    Ok(if base & X2APIC != 0 { Apic::X2 } else { Apic::Page })
 }
 
 /// Sends INIT to all other processors and waits until they have had time to get there. `page` is the APIC's register
@@ -127,9 +130,10 @@ mod tests {
     #[test]
     fn the_apic_is_found_in_its_mode() {
         let at = |base| find(&Machine { base, ..Machine::default() });
-        assert_eq!(at(0xfee0_0900), Ok(Apic::Page(0xfee0_0000)));
+        assert_eq!(at(0xfee0_0900), Ok(Apic::Page));
         assert_eq!(at(0xfee0_0d00), Ok(Apic::X2));
         assert_eq!(at(0xfee0_0100), Err(Refusal::Apic(0xfee0_0100)));
+        assert_eq!(at(0xfed0_0900), Err(Refusal::Apic(0xfed0_0900)));
         assert_eq!(at(0xfee0_0800), Err(Refusal::Apic(0xfee0_0800)));
     }
 

@@ -1,6 +1,6 @@
 //! The screen as the firmware left it, in Linux' words.
 //!
-//! Spec: Linux, `include/uapi/linux/screen_info.h`; UEFI "EFI_GRAPHICS_OUTPUT_PROTOCOL".
+//! Spec: Linux, `include/uapi/linux/screen_info.h`; \[UEFI\] "EFI_GRAPHICS_OUTPUT_PROTOCOL".
 
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromZeros, Immutable, IntoBytes, Unaligned};

@@ -8,6 +8,8 @@ use loader::image::ImageError;
 use loader::machine::Refusal;
 use uefi::Status;
 
+use super::memory::NoMemory;
+
 /// Why nothing was launched.
 #[derive(Debug)]
 pub enum Error {
@@ -30,12 +32,8 @@ pub enum Error {
     Memory {
         /// What for.
         what: &'static str,
-        /// How much, bytes.
-        size: u64,
-        /// Below which address.
-        limit: u64,
-        /// The firmware's word on it.
-        status: Status,
+        /// How much.
+        error: NoMemory,
     },
     /// The firmware does not give its memory map.
     MemoryMap(Status),
@@ -66,6 +64,8 @@ pub enum FileError {
     },
     /// It is not what it should be.
     Image(ImageError),
+    /// There is no memory for it.
+    Memory(NoMemory),
 }
 
 impl Error {
@@ -95,9 +95,7 @@ impl fmt::Display for Error {
             Self::Entry(error) => error.fmt(f),
             Self::File { place, error } => write!(f, "{place}: {error}"),
             Self::Machine(refusal) => write!(f, "this machine can't be launched: {refusal}"),
-            Self::Memory { what, size, limit, status } => {
-                write!(f, "{what}: no {size} bytes of memory below {limit:#x}: {status:?}")
-            }
+            Self::Memory { what, error } => write!(f, "{what}: {error}"),
             Self::MemoryMap(status) => write!(f, "the firmware's memory map: {status:?}"),
         }
     }
@@ -113,6 +111,7 @@ impl fmt::Display for FileError {
             Self::Short { read, size } => write!(f, "ended after {read} of {size} bytes"),
             Self::TooLarge { size, limit } => write!(f, "has {size} bytes, limit {limit}"),
             Self::Image(error) => error.fmt(f),
+            Self::Memory(error) => error.fmt(f),
         }
     }
 }

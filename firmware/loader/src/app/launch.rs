@@ -93,7 +93,7 @@ pub fn launch(mut p: Prepared) -> ! {
     tpm::relinquish(&p.tpm, p.tpm_interface);
 
     let apic_page = match p.apic {
-        Apic::Page(base) => Some(Page::new(base)),
+        Apic::Page => Some(Page::new(park::APIC_PAGE)),
         Apic::X2 => None,
     };
     if park::park_others(apic_page.as_ref(), &Msrs, &p.clock).is_err() {

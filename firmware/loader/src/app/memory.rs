@@ -3,13 +3,31 @@
 //! UNSAFETY: the firmware's allocator hands out addresses; here they become slices.
 #![expect(unsafe_code, reason = "memory of the firmware's page allocator")]
 
+use core::fmt;
 use core::ptr::NonNull;
 
 use hv::addr::PAGE_SIZE;
 use hv::launch::Blob;
+use uefi::Status;
 use uefi::boot::{self, AllocateType, MemoryType};
 
-use super::error::Error;
+/// The firmware has not got the memory.
+#[derive(Debug)]
+pub struct NoMemory {
+    /// How much was asked for, bytes.
+    size: u64,
+    /// Below which address.
+    limit: u64,
+    /// The firmware's word on it.
+    status: Status,
+}
+
+impl fmt::Display for NoMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { size, limit, status } = self;
+        write!(f, "no {size} bytes of memory below {limit:#x}: {status:?}")
+    }
+}
 
 /// Pages of our own, zeroed, mapped one to one.
 pub struct Pages {
@@ -21,16 +39,10 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// `size` bytes, aligned to `align` (a power of two), that end at or below `limit`. `what` is for messages.
-    pub fn new(
-        what: &'static str,
-        kind: MemoryType,
-        size: u64,
-        align: u64,
-        limit: u64,
-    ) -> Result<Self, Error> {
-        let error = |status| Error::Memory { what, size, limit, status };
-        let too_much = || error(uefi::Status::OUT_OF_RESOURCES);
+    /// `size` bytes, aligned to `align` (a power of two), that end at or below `limit`.
+    pub fn new(kind: MemoryType, size: u64, align: u64, limit: u64) -> Result<Self, NoMemory> {
+        let error = |status| NoMemory { size, limit, status };
+        let too_much = || error(Status::OUT_OF_RESOURCES);
         let pages = |bytes: u64| usize::try_from(bytes.div_ceil(PAGE_SIZE)).ok();
         let (len, count) = usize::try_from(size).ok().zip(pages(size)).ok_or_else(too_much)?;
         // Room to align in; what is left over before and after goes back.

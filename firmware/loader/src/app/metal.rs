@@ -2,7 +2,7 @@
 //!
 //! UNSAFETY: instructions and volatile accesses that the compiler can't check. All of it leans on one fact: this is
 //! a UEFI application, and UEFI runs applications at CPL 0 with all memory and device registers mapped one to one
-//! ([UEFI] "x64 Platforms").
+//! (\[UEFI\] "x64 Platforms").
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 use core::arch::asm;
@@ -10,7 +10,7 @@ use core::fmt;
 use core::time::Duration;
 
 use hv::addr::PAGE_SIZE;
-use hv::io::{Clock, Mmio, Msr, PhysMem};
+use hv::io::{Clock, Mmio, Msr, PhysMem, PortIo};
 use loader::screen::{Channel, Mode};
 use uefi::boot::{self, OpenProtocolAttributes, OpenProtocolParams};
 use uefi::proto::console::gop::{GraphicsOutput, PixelFormat};
@@ -26,6 +26,30 @@ impl Msr for Msrs {
     fn wrmsr(&self, index: u32, value: u64) {
         // SAFETY: as above; the one register written is the x2APIC's interrupt command.
         unsafe { x86::msr::wrmsr(index, value) }
+    }
+}
+
+/// The I/O ports.
+pub struct Ports;
+
+macro_rules! port_access {
+    ($($read:ident $write:ident $ty:ty, $inx:path, $outx:path;)*) => {$(
+        fn $read(&self, port: u16) -> $ty {
+            // SAFETY: CPL 0; an IN moves no memory of ours.
+            unsafe { $inx(port) }
+        }
+        fn $write(&self, port: u16, value: $ty) {
+            // SAFETY: CPL 0; the ports written (RTC, serial port, reset) start no DMA.
+            unsafe { $outx(port, value) }
+        }
+    )*};
+}
+
+impl PortIo for Ports {
+    port_access! {
+        in8 out8 u8, x86::io::inb, x86::io::outb;
+        in16 out16 u16, x86::io::inw, x86::io::outw;
+        in32 out32 u32, x86::io::inl, x86::io::outl;
     }
 }
 
@@ -140,11 +164,8 @@ impl fmt::Write for Serial {
         // A port that is missing reads as all ones, one that is stuck gets a bounded wait.
         const POLLS: u32 = 100_000;
         for byte in text.bytes() {
-            // SAFETY: CPL 0; the port moves no memory.
-            let ready = || unsafe { x86::io::inb(LINE_STATUS) } & SENDER_EMPTY != 0;
-            let _ = (0..POLLS).any(|_| ready());
-            // SAFETY: as above.
-            unsafe { x86::io::outb(COM1, byte) };
+            let _ = (0..POLLS).any(|_| Ports.in8(LINE_STATUS) & SENDER_EMPTY != 0);
+            Ports.out8(COM1, byte);
         }
         Ok(())
     }
@@ -153,18 +174,16 @@ impl fmt::Write for Serial {
 /// Resets the machine: by the reset control register, else by a triple fault.
 pub fn reset() -> ! {
     const RESET_CONTROL: u16 = 0xcf9;
-    let no_idt = [0u8; 10];
-    // SAFETY: CPL 0. Nothing is to run after this: a full reset is asked for, and with an empty IDT the next
-    // exception shuts the CPU down, which resets a machine whose chipset did not listen.
-    unsafe {
-        x86::io::outb(RESET_CONTROL, 0x02);
-        x86::io::outb(RESET_CONTROL, 0x06);
-        for _ in 0..50_000 {
-            // Port 80h takes about a microsecond.
-            x86::io::outb(0x80, 0);
-        }
-        asm!("lidt [{}]", "ud2", in(reg) no_idt.as_ptr(), options(noreturn))
+    Ports.out8(RESET_CONTROL, 0x02);
+    Ports.out8(RESET_CONTROL, 0x06);
+    for _ in 0..50_000 {
+        // Port 80h takes about a microsecond.
+        Ports.out8(0x80, 0);
     }
+    let no_idt = [0u8; 10];
+    // SAFETY: nothing is to run after this. With an empty IDT the next exception shuts the CPU down, which resets a
+    // machine whose chipset did not listen.
+    unsafe { asm!("lidt [{}]", "ud2", in(reg) no_idt.as_ptr(), options(noreturn)) }
 }
 
 /// Interrupts off.

@@ -13,6 +13,7 @@ use alloc::vec::Vec;
 use core::convert::Infallible;
 use core::time::Duration;
 
+use hv::addr::{FOUR_GIB, PAGE_SIZE};
 use hv::launch::{Blob, LAUNCH_PAGE_SIZE, MLE_REGION_ALIGN, MleHeader, SLB_SIZE, SlbHeader};
 use hv::slrt::MAX_SIZE;
 use loader::entry::{ENTRY_MAX, Entry, Place, Value};
@@ -42,13 +43,13 @@ macro_rules! say {
 }
 pub(crate) use say;
 
-/// Where entries are. Spec: UAPI.1 "The Partitions".
+/// Where entries are. Spec: \[BLS\] "The Partitions".
 const ENTRIES: &str = "\\loader\\entries";
 /// The boot loader's own settings; one of them names the default entry.
 const LOADER_CONF: &str = "\\loader\\loader.conf";
 /// Real-mode code of the APs can lie below this.
 const LAUNCH_PAGE_LIMIT: u64 = 0x9_f000;
-/// How long a refusal stays on the screen, in tenths of a second.
+/// How long bad news stays on the screen, in tenths of a second.
 const PAUSE_TENTHS: u32 = 50;
 
 #[entry]
@@ -116,17 +117,23 @@ fn prepare() -> Result<Prepared, Error> {
         .map_err(|error| at(&file, &entry.linux)(FileError::Image(error)))?;
     let initrd = load_initrds(&mut volume, &file, &entry.initrd)?;
     let config = entry.config.as_ref().map(|value| load(&mut volume, &file, value)).transpose()?;
-    let cmdline = copy_of(command_line.as_bytes())?;
     let blob = |pages: &Option<Pages>| pages.as_ref().map_or(Blob::default(), Pages::blob);
 
-    let reserved = |what, bytes| Pages::new(what, MemoryType::RESERVED, bytes, 1, hv::addr::FOUR_GIB);
-    let data = |what, bytes| Pages::new(what, MemoryType::LOADER_DATA, bytes, 1, hv::addr::FOUR_GIB);
-    let log = reserved("event log", LOG_SIZE.into())?;
-    let slrt = data("SLRT", MAX_SIZE as u64)?;
-    let idt = data("exception handlers", launch::IDT_SIZE)?;
-    let launch_page =
-        Pages::new("launch page", MemoryType::RESERVED, LAUNCH_PAGE_SIZE, 1, LAUNCH_PAGE_LIMIT)?;
-    let memory_map = data("memory map", memory_map_room()?)?;
+    let buffer = |what, kind, size, limit| {
+        Pages::new(kind, size, 1, limit).map_err(|error| Error::Memory { what, error })
+    };
+    let cmdline = if command_line.is_empty() {
+        None
+    } else {
+        let mut pages = buffer("command line", MemoryType::LOADER_DATA, command_line.len() as u64, FOUR_GIB)?;
+        pages.bytes_mut().copy_from_slice(command_line.as_bytes());
+        Some(pages)
+    };
+    let log = buffer("event log", MemoryType::RESERVED, LOG_SIZE.into(), FOUR_GIB)?;
+    let slrt = buffer("SLRT", MemoryType::LOADER_DATA, MAX_SIZE as u64, FOUR_GIB)?;
+    let idt = buffer("exception handlers", MemoryType::LOADER_DATA, launch::IDT_SIZE, FOUR_GIB)?;
+    let launch_page = buffer("launch page", MemoryType::RESERVED, LAUNCH_PAGE_SIZE, LAUNCH_PAGE_LIMIT)?;
+    let memory_map = buffer("memory map", MemoryType::LOADER_DATA, memory_map_room()?, FOUR_GIB)?;
 
     let table = Launch {
         slb_base: slb.base(),
@@ -199,17 +206,22 @@ fn open(volume: &mut Volume, value: &Value) -> Result<File, FileError> {
     if file.size() == 0 { Err(FileError::Empty) } else { Ok(file) }
 }
 
-fn announce(value: &Value, size: u64, pages: &Pages) {
-    say!("  {:<13} {} ({size} bytes, at {:#x})", value.key, value.text, pages.base());
+/// Memory below 4 GiB for a file.
+fn allocate(kind: MemoryType, size: u64, align: u64) -> Result<Pages, FileError> {
+    Pages::new(kind, size, align, FOUR_GIB).map_err(FileError::Memory)
+}
+
+fn announce(value: &Value, size: u64, base: u64) {
+    say!("  {:<13} {} ({size} bytes, at {base:#x})", value.key, value.text);
 }
 
 /// Loads a whole file below 4 GiB.
 fn load(volume: &mut Volume, file: &str, value: &Value) -> Result<Pages, Error> {
     let at = at(file, value);
     let mut opened = open(volume, value).map_err(&at)?;
-    let mut pages = Pages::new(value.key, MemoryType::LOADER_DATA, opened.size(), 1, hv::addr::FOUR_GIB)?;
+    let mut pages = allocate(MemoryType::LOADER_DATA, opened.size(), 1).map_err(&at)?;
     opened.read(pages.bytes_mut()).map_err(&at)?;
-    announce(value, opened.size(), &pages);
+    announce(value, opened.size(), pages.base());
     Ok(pages)
 }
 
@@ -218,9 +230,9 @@ fn load_slb(volume: &mut Volume, file: &str, value: &Value) -> Result<(SlbHeader
     let mut opened = open(volume, value).map_err(&at)?;
     let start = opened.start::<{ size_of::<SlbHeader>() }>().map_err(&at)?;
     let header = image::check_slb(&start, opened.size()).map_err(|e| at(FileError::Image(e)))?;
-    let mut pages = Pages::new(value.key, MemoryType::RESERVED, SLB_SIZE, SLB_SIZE, hv::addr::FOUR_GIB)?;
+    let mut pages = allocate(MemoryType::RESERVED, SLB_SIZE, SLB_SIZE).map_err(&at)?;
     opened.read(pages.bytes_mut()).map_err(&at)?;
-    announce(value, opened.size(), &pages);
+    announce(value, opened.size(), pages.base());
     Ok((header, pages))
 }
 
@@ -230,10 +242,9 @@ fn load_mle(volume: &mut Volume, file: &str, value: &Value) -> Result<(MleHeader
     let start = opened.start::<{ size_of::<MleHeader>() }>().map_err(&at)?;
     let header = image::check_mle(&start, opened.size()).map_err(|e| at(FileError::Image(e)))?;
     let region = header.region_size.get();
-    let mut pages =
-        Pages::new(value.key, MemoryType::RESERVED, region, MLE_REGION_ALIGN, hv::addr::FOUR_GIB)?;
+    let mut pages = allocate(MemoryType::RESERVED, region, MLE_REGION_ALIGN).map_err(&at)?;
     opened.read(pages.bytes_mut()).map_err(&at)?;
-    announce(value, opened.size(), &pages);
+    announce(value, opened.size(), pages.base());
     Ok((header, pages))
 }
 
@@ -249,30 +260,17 @@ fn load_initrds(volume: &mut Volume, file: &str, values: &[Value]) -> Result<Opt
             .ok_or_else(|| at(file, value)(FileError::TooLarge { size: initrd.size(), limit: u64::MAX }))?;
         opened.push((value, initrd));
     }
-    if total == 0 {
-        return Ok(None);
-    }
-    let mut pages = Pages::new("initrd", MemoryType::LOADER_DATA, total, 1, hv::addr::FOUR_GIB)?;
+    let Some(last) = values.last() else { return Ok(None) };
+    let mut pages = allocate(MemoryType::LOADER_DATA, total, 1).map_err(at(file, last))?;
+    let mut base = pages.base();
     let mut rest = pages.bytes_mut();
-    for (value, initrd) in &mut opened {
+    for (value, mut initrd) in opened {
         initrd.read(rest).map_err(at(file, value))?;
-        let padded = usize::try_from(initrd.size().next_multiple_of(4)).unwrap_or(usize::MAX);
-        rest = rest.get_mut(padded..).unwrap_or_default();
+        announce(value, initrd.size(), base);
+        let padded = initrd.size().next_multiple_of(4);
+        base = base.saturating_add(padded);
+        rest = usize::try_from(padded).ok().and_then(|size| rest.get_mut(size..)).unwrap_or_default();
     }
-    for (value, initrd) in &opened {
-        announce(value, initrd.size(), &pages);
-    }
-    Ok(Some(pages))
-}
-
-/// A copy below 4 GiB; `None` of nothing.
-fn copy_of(bytes: &[u8]) -> Result<Option<Pages>, Error> {
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    let mut pages =
-        Pages::new("command line", MemoryType::LOADER_DATA, bytes.len() as u64, 1, hv::addr::FOUR_GIB)?;
-    pages.bytes_mut().copy_from_slice(bytes);
     Ok(Some(pages))
 }
 
@@ -287,5 +285,5 @@ fn rsdp() -> Option<u64> {
 /// Room for the memory map: twice what it takes now, since leaving the firmware may still change it.
 fn memory_map_room() -> Result<u64, Error> {
     let map = boot::memory_map(MemoryType::LOADER_DATA).map_err(|e| Error::MemoryMap(e.status()))?;
-    Ok((map.meta().map_size as u64).saturating_mul(2).next_multiple_of(hv::addr::PAGE_SIZE))
+    Ok((map.meta().map_size as u64).saturating_mul(2).next_multiple_of(PAGE_SIZE))
 }
