@@ -38,7 +38,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error
 #@   QEMU_ARGS=       more arguments for QEMU
 #@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take
-#@   VERBOSE=1        report progress and times
+#@   LOG=warn|info    report failures only, or also each stage of the boot and its time (warn)
 #@   TOOLCHAIN=rustup|debian  where the images' targets come from (rustup if it answers)
 #@ Logs of a run stay in build/run-*/: console.log, drtm.log (what the bench did at SKINIT), qemu.log.
 run: $(if $(filter 1,$(NATIVE)),setup,build) ## Boot Linux under Cordon; see below

@@ -1,12 +1,16 @@
 //! The boot disk: one EFI system partition, made with mtools and without root.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
 const MIB: u64 = 1 << 20;
+const SECTOR: u64 = 512;
+/// Where the partition starts.
+const START: u64 = MIB;
 
 /// A file on the partition, and where it comes from.
 pub struct Item {
@@ -59,9 +63,12 @@ pub fn build(to: &Path, items: &[Item]) -> Result<()> {
         }
         size += fs::metadata(&host)?.len().next_multiple_of(MIB);
     }
-    File::create(to)?.set_len(size)?;
+    let mut disk = File::create(to)?;
+    disk.write_all(&partition_table(size)?)?;
+    disk.set_len(START + size)?;
     // A fixed serial number: the same files give the same image, but for their times.
-    mtools("mformat", to, &["-F", "-N", "c0d0c0d0", "::"])?;
+    let sectors = (size / SECTOR).to_string();
+    mtools("mformat", to, &["-F", "-N", "c0d0c0d0", "-T", &sectors, "-h", "255", "-s", "63", "::"])?;
     let mut folders: Vec<&str> = Vec::new();
     for item in items {
         for (at, _) in item.path.match_indices('/') {
@@ -79,13 +86,27 @@ pub fn build(to: &Path, items: &[Item]) -> Result<()> {
     Ok(())
 }
 
+/// A master boot record with one EFI system partition.
+///
+/// Spec: \[UEFI\] "Legacy Master Boot Record (MBR)".
+fn partition_table(size: u64) -> Result<[u8; SECTOR as usize]> {
+    const EFI_SYSTEM: u8 = 0xef;
+    let mut record = [0; SECTOR as usize];
+    // Status, no cylinders and heads, type, none again; first sector and count.
+    record[446..454].copy_from_slice(&[0, 0xfe, 0xff, 0xff, EFI_SYSTEM, 0xfe, 0xff, 0xff]);
+    record[454..458].copy_from_slice(&u32::try_from(START / SECTOR)?.to_le_bytes());
+    record[458..462].copy_from_slice(&u32::try_from(size / SECTOR)?.to_le_bytes());
+    record[510..].copy_from_slice(&[0x55, 0xaa]);
+    Ok(record)
+}
+
 fn mtools(tool: &str, image: &Path, args: &[&str]) -> Result<()> {
+    let partition = format!("{}@@{START}", image.display());
     let output = Command::new(tool)
-        .arg("-i")
-        .arg(image)
+        .args(["-i", &partition])
         .args(args)
         .output()
-        .with_context(|| format!("starting {tool}"))?;
+        .with_context(|| format!("starting {tool}: is mtools installed?"))?;
     ensure!(output.status.success(), "{tool} {args:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
     Ok(())
 }

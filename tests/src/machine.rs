@@ -89,6 +89,8 @@ pub struct Spec {
     pub qemu_args: Vec<String>,
     /// Longest time to the guest's init, and longest time of one command.
     pub timeout: Duration,
+    /// Whether to report each stage of the boot on standard error.
+    pub progress: bool,
 }
 
 impl Default for Spec {
@@ -110,6 +112,7 @@ impl Default for Spec {
             reboot: false,
             qemu_args: Vec::new(),
             timeout: Duration::from_secs(240),
+            progress: false,
         }
     }
 }
@@ -185,14 +188,16 @@ impl Spec {
 /// A machine that runs. Dropping it ends it.
 pub struct Machine {
     qemu: Guarded,
-    tpm: Swtpm,
+    _tpm: Swtpm,
     qmp: Qmp,
     channel: Channel,
     player: Option<Player>,
     dir: RunDir,
     started: Instant,
     timeout: Duration,
-    ready: bool,
+    progress: bool,
+    /// When each stage was first seen.
+    stages: Vec<(Stage, Duration)>,
 }
 
 impl Machine {
@@ -230,8 +235,9 @@ impl Machine {
                 None
             }
         };
-        let (started, timeout) = (Instant::now(), spec.timeout);
-        Ok(Self { qemu, tpm, qmp, channel, player, dir, started, timeout, ready: false })
+        let (timeout, progress) = (spec.timeout, spec.progress);
+        let (started, stages) = (Instant::now(), vec![(Stage::Off, Duration::ZERO)]);
+        Ok(Self { qemu, _tpm: tpm, qmp, channel, player, dir, started, timeout, progress, stages })
     }
 
     /// The run's folder.
@@ -239,9 +245,9 @@ impl Machine {
         &self.dir
     }
 
-    /// Time since the machine was turned on.
-    pub fn uptime(&self) -> Duration {
-        self.started.elapsed()
+    /// The stages the boot has come through, with the time since power-on at which each was first seen.
+    pub fn stages(&self) -> &[(Stage, Duration)] {
+        &self.stages
     }
 
     /// The player of the DRTM event, on a machine that boots Cordon.
@@ -251,12 +257,25 @@ impl Machine {
 
     /// How far the machine has come.
     pub fn stage(&self) -> Stage {
-        if self.ready {
-            return Stage::Init;
+        self.stages.last().map_or(Stage::Off, |&(stage, _)| stage)
+    }
+
+    fn reached(&mut self, stage: Stage) {
+        if stage > self.stage() {
+            let time = self.started.elapsed();
+            self.stages.push((stage, time));
+            if self.progress {
+                eprintln!("bench: {:6.1} s  {stage}", time.as_secs_f64());
+            }
         }
-        let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
-        let played = self.player.as_ref().map_or(Stage::Off, Player::stage);
-        stage::from_console(&console).max(played)
+    }
+
+    fn look(&mut self) {
+        if self.stage() < Stage::Linux {
+            let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
+            let played = self.player.as_ref().map_or(Stage::Off, Player::stage);
+            self.reached(stage::from_console(&console).max(played));
+        }
     }
 
     /// Waits until `find` finds something on the console.
@@ -274,14 +293,14 @@ impl Machine {
 
     /// Waits until the guest's init takes commands.
     pub fn wait_ready(&mut self) -> Result<()> {
-        if self.ready {
+        if self.stage() == Stage::Init {
             return Ok(());
         }
         let end = Instant::now() + self.timeout;
         loop {
             match self.channel.ready(Duration::from_millis(100)) {
                 Wait::Done(()) => {
-                    self.ready = true;
+                    self.reached(Stage::Init);
                     return Ok(());
                 }
                 wait => self.check_alive("the guest's init", &wait, end)?,
@@ -311,10 +330,11 @@ impl Machine {
 
     /// Output of a command that has not ended.
     pub fn partial_output(&self) -> &[u8] {
-        if self.ready { self.channel.pending() } else { &[] }
+        if self.stage() == Stage::Init { self.channel.pending() } else { &[] }
     }
 
     fn check_alive<T>(&mut self, what: &str, wait: &Wait<T>, end: Instant) -> Result<()> {
+        self.look();
         if matches!(wait, Wait::Closed) || self.qemu.ended()?.is_some() {
             let status = self.qemu.wait(Duration::from_secs(5))?;
             let status = status.map_or_else(|| "still running".to_owned(), |s| s.to_string());
@@ -330,14 +350,24 @@ impl Machine {
         Ok(())
     }
 
-    /// Gives the console to the user and waits for the machine to turn itself off.
-    pub fn interact(mut self) -> Result<()> {
-        self.wait_ready()?;
-        self.channel.shell()?;
+    /// Leaves the console to the user until the machine ends. A RAM disk without the bench's init is fine too.
+    pub fn interact(&mut self) -> Result<()> {
         while self.qemu.ended()?.is_none() {
-            std::thread::sleep(Duration::from_millis(100));
+            self.look();
+            if self.stage() == Stage::Init {
+                std::thread::sleep(Duration::from_millis(100));
+            } else if self.channel.ready(Duration::from_millis(100)) == Wait::Done(()) {
+                self.reached(Stage::Init);
+                self.channel.shell()?;
+            }
         }
-        self.tpm.stop()
+        self.look();
+        if let Some(failure) = self.player.as_ref().and_then(Player::failure) {
+            bail!("the DRTM event could not be played: {failure}");
+        }
+        let reason = self.qmp.last_end().unwrap_or_default();
+        ensure!(reason != "guest-reset", "the machine was reset");
+        Ok(())
     }
 
     /// Has the guest turn the machine off, and waits for that.
@@ -349,11 +379,20 @@ impl Machine {
         ensure!(reason == "guest-shutdown", "the machine ended by {reason:?} instead of turning itself off");
         // Large, and easy to make again.
         fs::remove_file(self.dir.file("esp.img"))?;
-        self.tpm.stop()
+        Ok(())
     }
 
     /// Says what the run reached and shows the console's end: for the report of a failure.
     pub fn diagnosis(&self) -> String {
         stage::diagnosis(self.stage(), &self.dir)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // QEMU gives the terminal back as it was only when it may end itself.
+        if self.qmp.execute("quit").is_ok() {
+            let _ = self.qemu.wait(Duration::from_secs(2));
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::machine::{Boot, Console, Firmware, Machine, Spec, Tpm};
 use tests::skinit::Fault;
 use tests::{images, paths};
@@ -69,9 +69,17 @@ struct Run {
     /// Seconds until the guest must take commands, and that a command may take.
     #[arg(long, env = "TIMEOUT", default_value_t = 240)]
     timeout: u64,
-    /// Report progress and times.
-    #[arg(long, env = "VERBOSE", value_parser = clap::value_parser!(u8).range(0..=1), default_value_t = 0)]
-    verbose: u8,
+    /// What to report on standard error.
+    #[arg(long, env = "LOG", value_enum, default_value_t = Log::Warn)]
+    log: Log,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Log {
+    /// Failures only.
+    Warn,
+    /// Also each stage of the boot and its time.
+    Info,
 }
 
 impl Run {
@@ -92,6 +100,7 @@ impl Run {
             reboot: false,
             qemu_args: self.qemu_args.split_whitespace().map(str::to_owned).collect(),
             timeout: Duration::from_secs(self.timeout),
+            progress: self.log == Log::Info && command.is_some(),
             ..Spec::default()
         }
     }
@@ -105,16 +114,12 @@ impl Run {
         images::build_initrd()?;
         let mut machine = Machine::start(&self.spec())?;
         let result = match self.command() {
-            None => return machine.interact().map(|()| ExitCode::SUCCESS),
-            Some(command) => machine.wait_ready().and_then(|()| {
-                if self.verbose == 1 {
-                    eprintln!("bench: guest ready after {:.1} s", machine.uptime().as_secs_f64());
-                }
-                machine.run(command)
-            }),
+            None => machine.interact().map(|()| None),
+            Some(command) => machine.run(command).map(Some),
         };
         let output = match result {
-            Ok(output) => output,
+            Ok(Some(output)) => output,
+            Ok(None) => return Ok(ExitCode::SUCCESS),
             Err(error) => {
                 std::io::stdout().write_all(machine.partial_output())?;
                 return Err(error.context(machine.diagnosis()));

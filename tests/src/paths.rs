@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 /// The source tree.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests).to_owned()
 }
 
 /// All that the bench makes.

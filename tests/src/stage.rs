@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 
+use crate::paths;
 use crate::run_dir::RunDir;
 
 /// The stages of a boot, in their order.
@@ -70,7 +71,8 @@ pub fn diagnosis(reached: Stage, dir: &RunDir) -> String {
     if let Ok(drtm) = fs::read_to_string(dir.file("drtm.log")) {
         report.push_str(&format!("DRTM event:\n{}", indent(drtm.lines())));
     }
-    report.push_str(&format!("end of {}:\n", log.display()));
+    let name = log.strip_prefix(paths::root()).unwrap_or(&log);
+    report.push_str(&format!("end of {}:\n", name.display()));
     report.push_str(&indent(lines.iter().copied().skip(lines.len().saturating_sub(TAIL))));
     report
 }

@@ -32,9 +32,9 @@ const HASH_CHUNK: usize = 4096;
 const MESSAGE_MAX: usize = 65536;
 const REPLY_TIME: Duration = Duration::from_secs(30);
 
-/// A running software TPM.
+/// A running software TPM. Dropping it ends it.
 pub struct Swtpm {
-    process: Guarded,
+    _process: Guarded,
     control: Control,
 }
 
@@ -67,21 +67,12 @@ impl Swtpm {
                 let _ = forward.serve(&client);
             }
         });
-        Ok(Self { process, control })
+        Ok(Self { _process: process, control })
     }
 
     /// The control connection, for the player of the DRTM event.
     pub fn control(&self) -> Control {
         self.control.clone()
-    }
-
-    /// Ends it, with a moment to store its state.
-    pub fn stop(mut self) -> Result<()> {
-        // It ends itself when QEMU's data connection closes; this is for a QEMU that never came up.
-        if self.process.wait(Duration::from_secs(2))?.is_none() {
-            self.process.kill();
-        }
-        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Tests on whole machines.
 
+use sha2::{Digest, Sha256};
 use tests::images;
 use tests::machine::{Boot, Firmware, Machine, Spec, Tpm};
 
@@ -10,6 +11,10 @@ fn boot(spec: Spec) -> Machine {
         panic!("{error:#}\n{}", machine.diagnosis());
     }
     machine
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
 }
 
 mod native {
@@ -27,8 +32,7 @@ mod native {
             machine.run("head -c 200000 /dev/urandom | tee /tmp/r; sha256sum </tmp/r >/tmp/sum").unwrap();
         assert_eq!(output.bytes.len(), 200_000);
         let sum = machine.check("cat /tmp/sum").unwrap();
-        let ours = hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&output.bytes));
-        assert!(sum.starts_with(&ours), "{sum} {ours}");
+        assert!(sum.starts_with(&sha256(&output.bytes)), "{sum}");
         // A machine that no DRTM event touched shows it.
         assert_eq!(machine.check("cat /sys/class/tpm/tpm0/pcr-sha256/17").unwrap(), "F".repeat(64));
         machine.power_off().unwrap();
@@ -41,6 +45,10 @@ mod native {
         let mut machine = boot(spec);
         assert_eq!(machine.check("nproc").unwrap(), "2");
         machine.check("ls /sys/firmware/efi/efivars/BootOrder-*").unwrap();
+        // The boot disk, read by DMA through the IOMMU.
+        let sum = machine.check("mount -t vfat /dev/sda1 /mnt && sha256sum </mnt/vmlinuz").unwrap();
+        let kernel = std::fs::read(tests::paths::kernel()).unwrap();
+        assert!(sum.starts_with(&sha256(&kernel)), "{sum}");
         machine.check("dmesg | grep -q MSFT0101 || ls /dev/tpm0").unwrap();
         machine.power_off().unwrap();
     }
@@ -62,6 +70,12 @@ mod drtm {
             Ok(report) => (machine, report),
             Err(error) => panic!("{error:#}\n{}", machine.diagnosis()),
         }
+    }
+
+    #[test]
+    fn a_parked_processor_does_not_spoil_the_measurement() {
+        let (machine, _) = probe(Spec { cpus: 2, ..Spec::default() });
+        assert_eq!(machine.player().unwrap().launch().unwrap().refused, None);
     }
 
     #[test]
