@@ -114,7 +114,10 @@ rust() {
     rustup) with_rustup || die "TOOLCHAIN=rustup: rustup is missing or could not add the targets, see build/rustup.log" && way=rustup ;;
     debian) with_debian && way=debian ;;
     '')
-        if [ "$before" = debian ] && [ "$(installed rustc-web cargo-web rust-web-src lld-19)" = 4 ]; then
+        if has_targets; then
+            way=rustup
+        elif [ "$before" = debian ] && [ "$(installed rustc-web cargo-web rust-web-src lld-19)" = 4 ]; then
+            # rustup was tried before and took its three minutes to fail.
             way=debian
         elif with_rustup; then
             way=rustup

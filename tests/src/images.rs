@@ -44,8 +44,12 @@ const IMAGES: [Image; 3] = [
 pub fn build() -> Result<()> {
     let way = fs::read_to_string(paths::build().join("toolchain"))
         .context("no build/toolchain: run `make setup`")?;
-    let target_dir =
+    let mut target_dir =
         env::var_os("CARGO_TARGET_DIR").map_or_else(|| paths::root().join("target"), PathBuf::from);
+    if way.trim() == "debian" {
+        // Two compilers in one folder would each rebuild what the other left.
+        target_dir.push("debian");
+    }
     for image in &IMAGES {
         let mut cargo = match way.trim() {
             "rustup" => Command::new("cargo"),
@@ -62,16 +66,9 @@ pub fn build() -> Result<()> {
         }
         let status = cargo
             .current_dir(paths::root())
-            .args([
-                "build",
-                "--release",
-                "--target",
-                image.target,
-                "-p",
-                image.package,
-                "--bin",
-                image.binary,
-            ])
+            .args(["build", "--release", "--target-dir"])
+            .arg(&target_dir)
+            .args(["--target", image.target, "-p", image.package, "--bin", image.binary])
             .status()
             .context("starting cargo")?;
         ensure!(status.success(), "cargo could not build {}", image.binary);
