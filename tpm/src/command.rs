@@ -162,8 +162,8 @@ pub(crate) fn parse_pcr_read(response: &[u8], alg: HashAlg, pcr: u32) -> Result<
         fields.end()?;
         return Ok(None);
     }
-    let wanted = selection(alg, pcr);
-    if values != 1 || wanted.as_ref().and_then(|wanted| wanted.get(3..)) != Some(select) {
+    let wanted = selection(alg, pcr).unwrap_or_default();
+    if values != 1 || !wanted.iter().skip(3).eq(select) {
         return Err(Error::Response { field: Field::DigestCount, value: values });
     }
     let size = fields.get(Field::DigestSize, Reader::be16)?;

@@ -165,7 +165,7 @@ impl Stream {
     }
 
     /// Spec: \[FIPS180\] "Padding the Message".
-    fn finish(mut self) -> [u8; MAX_DIGEST] {
+    fn finish(&mut self) -> [u8; MAX_DIGEST] {
         let (used, block) = (self.used(), self.state.block());
         let bits = (u128::from(self.length) << 3).to_be_bytes();
         // 80h, zeros, and the length in bits so that it ends a block.
@@ -211,14 +211,15 @@ impl BankHasher {
     }
 
     /// The digests; a bank whose algorithm this crate cannot compute gets [`Digest::cap`].
-    pub fn finish(self) -> Digests {
-        let digest = |(bank, stream): (Bank, Option<Stream>)| {
-            let bytes = stream.map(Stream::finish);
-            bytes
-                .and_then(|bytes| Digest::new(bank.alg, bytes.get(..bank.size.into())?))
-                .unwrap_or_else(|| Digest::cap(bank))
-        };
-        Digests(self.0.into_iter().map(digest).collect())
+    pub fn finish(mut self) -> Digests {
+        let mut digests = Digests::default();
+        for (bank, stream) in &mut self.0 {
+            let bytes = stream.as_mut().map(Stream::finish);
+            let digest = bytes.and_then(|bytes| Digest::new(bank.alg, bytes.get(..bank.size.into())?));
+            // There is room: both lists hold `MAX_BANKS`.
+            let _ = digests.0.push(digest.unwrap_or_else(|| Digest::cap(*bank)));
+        }
+        digests
     }
 }
 
