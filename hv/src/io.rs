@@ -34,6 +34,27 @@ pub trait PortIo {
     fn out32(&self, port: u16, value: u32);
 }
 
+impl<T: PortIo> PortIo for &T {
+    fn in8(&self, port: u16) -> u8 {
+        (**self).in8(port)
+    }
+    fn in16(&self, port: u16) -> u16 {
+        (**self).in16(port)
+    }
+    fn in32(&self, port: u16) -> u32 {
+        (**self).in32(port)
+    }
+    fn out8(&self, port: u16, value: u8) {
+        (**self).out8(port, value);
+    }
+    fn out16(&self, port: u16, value: u16) {
+        (**self).out16(port, value);
+    }
+    fn out32(&self, port: u16, value: u32) {
+        (**self).out32(port, value);
+    }
+}
+
 /// Model-specific registers of the CPU that runs the call.
 pub trait Msr {
     /// RDMSR. The caller knows from CPUID that the register exists; a #GP would be fatal.
@@ -49,6 +70,15 @@ pub trait Clock {
     /// Called between two polls.
     fn relax(&self) {
         core::hint::spin_loop();
+    }
+}
+
+impl<T: Clock> Clock for &T {
+    fn now_us(&self) -> u64 {
+        (**self).now_us()
+    }
+    fn relax(&self) {
+        (**self).relax();
     }
 }
 

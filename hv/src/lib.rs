@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod failure;
 pub mod io;
 pub mod launch;
 pub mod radix;

@@ -1,0 +1,237 @@
+//! The record of a failed launch: written before the machine is reset, shown by the loader on the next boot.
+//!
+//! Eight bytes of the RTC's battery-backed RAM, [`CMOS_FIRST`] and up: the one storage that every PC has, that a
+//! reset of any kind leaves alone and that needs no driver. They lie above what the IBM AT layout, SeaBIOS,
+//! OVMF and QEMU use, and outside the area the AT checksum covers. What is read there proves nothing: the gap can
+//! write it too.
+//!
+//! | byte | content |
+//! |---|---|
+//! | 0, 1 | `Cn` |
+//! | 2 | [`Stage`] |
+//! | 3, 4 | code, little endian |
+//! | 5, 6 | detail, little endian |
+//! | 7 | complement of the sum of bytes 0 to 6 |
+
+use core::fmt;
+
+use crate::io::PortIo;
+
+/// First byte of the record in the RTC's RAM.
+pub const CMOS_FIRST: u8 = 0x70;
+const CMOS_INDEX: u16 = 0x70;
+const CMOS_DATA: u16 = 0x71;
+const LEN: usize = 8;
+const MAGIC: [u8; 2] = *b"Cn";
+
+/// Who gave up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// The SLB stage; the code is an [`SlbError`].
+    Slb = 1,
+    /// The MLE.
+    Mle = 2,
+}
+
+/// What is kept of a failed launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Who gave up.
+    pub stage: Stage,
+    /// Why: a number of that stage's list.
+    pub code: u16,
+    /// What the code's description says, cut to 16 bits.
+    pub detail: u16,
+}
+
+impl Record {
+    fn to_bytes(self) -> [u8; LEN] {
+        let [m0, m1] = MAGIC;
+        let [c0, c1] = self.code.to_le_bytes();
+        let [d0, d1] = self.detail.to_le_bytes();
+        let mut bytes = [m0, m1, self.stage as u8, c0, c1, d0, d1, 0];
+        bytes[LEN - 1] = check(&bytes);
+        bytes
+    }
+
+    fn from_bytes(bytes: [u8; LEN]) -> Option<Self> {
+        let [m0, m1, stage, c0, c1, d0, d1, sum] = bytes;
+        if [m0, m1] != MAGIC || sum != check(&bytes) {
+            return None;
+        }
+        let stage = match stage {
+            1 => Stage::Slb,
+            2 => Stage::Mle,
+            _ => return None,
+        };
+        Some(Self { stage, code: u16::from_le_bytes([c0, c1]), detail: u16::from_le_bytes([d0, d1]) })
+    }
+
+    /// Keeps the record over a reset.
+    pub fn save(self, ports: &impl PortIo) {
+        put(ports, self.to_bytes());
+    }
+
+    /// The record of an earlier boot, if there is one.
+    pub fn load(ports: &impl PortIo) -> Option<Self> {
+        let mut bytes = [0; LEN];
+        for (index, byte) in (CMOS_FIRST..).zip(&mut bytes) {
+            ports.out8(CMOS_INDEX, index);
+            *byte = ports.in8(CMOS_DATA);
+        }
+        Self::from_bytes(bytes)
+    }
+
+    /// Forgets the record, so that it is shown once.
+    pub fn clear(ports: &impl PortIo) {
+        put(ports, [0; LEN]);
+    }
+}
+
+impl fmt::Display for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { stage, code, detail } = *self;
+        match (stage, SlbError::from_code(code)) {
+            (Stage::Slb, Some(error)) => {
+                write!(f, "SLB stage, error {code}: {} (detail {detail:#06x})", error.text())
+            }
+            (Stage::Slb, None) => write!(f, "SLB stage, unknown error {code} (detail {detail:#06x})"),
+            (Stage::Mle, _) => write!(f, "MLE, error {code} (detail {detail:#06x})"),
+        }
+    }
+}
+
+fn check(bytes: &[u8; LEN]) -> u8 {
+    !bytes.iter().take(LEN - 1).fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
+}
+
+fn put(ports: &impl PortIo, bytes: [u8; LEN]) {
+    for (index, byte) in (CMOS_FIRST..).zip(bytes) {
+        ports.out8(CMOS_INDEX, index);
+        ports.out8(CMOS_DATA, byte);
+    }
+}
+
+macro_rules! slb_errors {
+    ($($(#[$doc:meta])* $name:ident = $code:literal, $text:literal;)*) => {
+        /// Why the SLB stage gave up. Append, never renumber: the numbers are in `docs/slb-errors.md` and
+        /// in people's notes.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u16)]
+        pub enum SlbError {
+            $(#[doc = $text] $name = $code,)*
+        }
+
+        impl SlbError {
+            /// All of them.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// What happened, in a few words, and what the detail is.
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$name => $text),* }
+            }
+        }
+    };
+}
+
+slb_errors! {
+    Exception = 1, "CPU exception; detail: offset of the instruction in the SLB";
+    Panic = 2, "a check of the program itself failed";
+    SlbBase = 3, "the SLB is not at a 64 KiB boundary in RAM between 1 MiB and 4 GiB; detail: base / 64 KiB";
+    NoGibPages = 4, "the CPU has no 1 GiB pages";
+    ApicMoved = 5, "the local APIC is not at its reset address; detail: address / 64 KiB";
+    AddressMap = 6, "an MSR that redirects memory holds a value we do not understand; detail: low half of its number";
+    Timer = 7, "the interval timer did not end in time, or the time-stamp counter's frequency is absurd; detail: MHz";
+    SlrtAddress = 8, "the SLRT is not in RAM between 1 MiB and 4 GiB clear of the SLB; detail: address / 64 KiB";
+    SlrtFormat = 9, "the SLRT is malformed; detail: low half of the entry tag, or of the header field's value";
+    SlrtField = 10, "an SLRT field has a value we do not accept; detail: see the table of fields";
+    Policy = 11, "the SLRT policy is not the one we measure by; detail: index of the entry, or their number";
+    Region = 12, "the MLE region is misplaced; detail: see the table of places";
+    Log = 13, "the event log area is misplaced or too small; detail: see the table of places";
+    MemoryMap = 14, "the EFI memory map is unreadable or does not list the region or the log; detail: see the table of places";
+    Ivrs = 15, "no usable ACPI table IVRS, by which DMA would be blocked; detail: see the table of ACPI errors";
+    Dma = 16, "DMA could not be blocked; detail: number of the IOMMU error";
+    SlrtChanged = 17, "the SLRT changed before DMA was blocked; detail: offset";
+    MleHeader = 18, "the MLE image's header is not ours or disagrees with the SLRT; detail: see the table of fields";
+    Tpm = 19, "the TPM does not answer as it should; detail: number of the TPM error";
+    NoLocality2 = 20, "the TPM has no locality 2 and the configuration insists on it";
+    NotLaunched = 21, "PCR 17 does not hold the measurement of this SLB: no SKINIT, or CPUs were not parked; detail: hash algorithm, 0 when none is known";
+    Unreadable = 22, "memory to be read is not RAM; detail: address / 64 KiB";
+    Extend = 23, "a PCR could not be extended; detail: number of the TPM error";
+}
+
+impl SlbError {
+    /// The error with this number.
+    pub fn from_code(code: u16) -> Option<Self> {
+        Self::ALL.iter().copied().find(|error| *error as u16 == code)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::cell::RefCell;
+    use proptest::prelude::*;
+
+    struct Rtc(RefCell<(u8, [u8; 128])>);
+    impl PortIo for Rtc {
+        fn in8(&self, port: u16) -> u8 {
+            assert_eq!(port, 0x71);
+            let rtc = self.0.borrow();
+            rtc.1[usize::from(rtc.0)]
+        }
+        fn out8(&self, port: u16, value: u8) {
+            let rtc = &mut *self.0.borrow_mut();
+            match port {
+                0x70 => rtc.0 = value & 0x7f,
+                0x71 => rtc.1[usize::from(rtc.0)] = value,
+                _ => panic!("port {port:#x}"),
+            }
+        }
+        fn in16(&self, _: u16) -> u16 {
+            panic!()
+        }
+        fn in32(&self, _: u16) -> u32 {
+            panic!()
+        }
+        fn out16(&self, _: u16, _: u16) {
+            panic!()
+        }
+        fn out32(&self, _: u16, _: u32) {
+            panic!()
+        }
+    }
+
+    #[test]
+    fn a_record_is_shown_once_and_touches_its_own_bytes_alone() {
+        let rtc = Rtc(RefCell::new((0, [0x5a; 128])));
+        assert_eq!(Record::load(&rtc), None);
+        let record = Record { stage: Stage::Slb, code: 15, detail: 0xbeef };
+        record.save(&rtc);
+        assert_eq!(Record::load(&rtc), Some(record));
+        Record::clear(&rtc);
+        assert_eq!(Record::load(&rtc), None);
+        let rtc = rtc.0.into_inner().1;
+        assert!(rtc[..0x70].iter().chain(&rtc[0x78..]).all(|byte| *byte == 0x5a));
+    }
+
+    #[test]
+    fn numbers_are_unique_and_listed_in_the_document() {
+        let document = include_str!("../../docs/slb-errors.md");
+        for error in SlbError::ALL {
+            assert_eq!(SlbError::from_code(*error as u16), Some(*error));
+            let row = format!("| {} | {} |", *error as u16, error.text());
+            assert!(document.contains(&row), "docs/slb-errors.md lacks: {row}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn one_flipped_bit_is_noticed(code: u16, detail: u16, bit in 0usize..64) {
+            let mut bytes = Record { stage: Stage::Mle, code, detail }.to_bytes();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert_eq!(Record::from_bytes(bytes), None);
+        }
+    }
+}
