@@ -14,6 +14,7 @@ use core::convert::Infallible;
 use core::time::Duration;
 
 use hv::addr::{FOUR_GIB, PAGE_SIZE};
+use hv::failure::Record;
 use hv::launch::{Blob, LAUNCH_PAGE_SIZE, MLE_REGION_ALIGN, MleHeader, SLB_SIZE, SlbHeader};
 use hv::slrt::MAX_SIZE;
 use loader::entry::{ENTRY_MAX, Entry, Place, Value};
@@ -30,7 +31,7 @@ use uefi::{Status, entry, system};
 use error::{Error, FileError};
 use files::{File, Volume};
 use memory::Pages;
-use metal::{Identity, Msrs, Page, TscClock};
+use metal::{Identity, Msrs, Page, Ports, TscClock};
 
 /// Prints a line on the firmware's console. A console that fails is no reason to stop.
 macro_rules! say {
@@ -55,11 +56,21 @@ const PAUSE_TENTHS: u32 = 50;
 #[entry]
 fn main() -> Status {
     say!("Cordon loader {}", env!("CARGO_PKG_VERSION"));
+    report_earlier_failure();
     let Err(error) = run();
     say!("cordon: {error}");
     say!("cordon: nothing was started; returning to the boot manager");
     pause();
     Status::LOAD_ERROR
+}
+
+/// Shows why an earlier launch ended in a reset, once.
+fn report_earlier_failure() {
+    if let Some(record) = Record::load(&Ports) {
+        say!("cordon: an earlier launch failed: {record}");
+        Record::clear(&Ports);
+        pause();
+    }
 }
 
 /// Leaves people time to read, until a key is pressed.
