@@ -270,12 +270,18 @@ impl Machine {
         }
     }
 
-    fn look(&mut self) {
+    /// Looks how far the boot is; fails when it is at an end.
+    fn look(&mut self) -> Result<()> {
         if self.stage() < Stage::Linux {
             let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
             let played = self.player.as_ref().map_or(Stage::Off, Player::stage);
             self.reached(stage::from_console(&console).max(played));
+            ensure!(!stage::nothing_booted(&console), "the firmware found nothing that would boot");
         }
+        if let Some(failure) = self.player.as_ref().and_then(Player::failure) {
+            bail!("the DRTM event could not be played: {failure}");
+        }
+        Ok(())
     }
 
     /// Waits until `find` finds something on the console.
@@ -334,15 +340,12 @@ impl Machine {
     }
 
     fn check_alive<T>(&mut self, what: &str, wait: &Wait<T>, end: Instant) -> Result<()> {
-        self.look();
+        self.look()?;
         if matches!(wait, Wait::Closed) || self.qemu.ended()?.is_some() {
             let status = self.qemu.wait(Duration::from_secs(5))?;
             let status = status.map_or_else(|| "still running".to_owned(), |s| s.to_string());
             let reason = self.qmp.last_end().unwrap_or_else(|| format!("QEMU: {status}"));
             bail!("the machine ended ({reason}) before {what}");
-        }
-        if let Some(failure) = self.player.as_ref().and_then(Player::failure) {
-            bail!("the DRTM event could not be played: {failure}");
         }
         if Instant::now() > end {
             bail!("no sign of {what} within {} s", self.timeout.as_secs());
@@ -353,7 +356,8 @@ impl Machine {
     /// Leaves the console to the user until the machine ends. A RAM disk without the bench's init is fine too.
     pub fn interact(&mut self) -> Result<()> {
         while self.qemu.ended()?.is_none() {
-            self.look();
+            // Where nothing boots the user has the firmware's shell.
+            let _ = self.look();
             if self.stage() == Stage::Init {
                 std::thread::sleep(Duration::from_millis(100));
             } else if self.channel.ready(Duration::from_millis(100)) == Wait::Done(()) {
@@ -361,10 +365,7 @@ impl Machine {
                 self.channel.shell()?;
             }
         }
-        self.look();
-        if let Some(failure) = self.player.as_ref().and_then(Player::failure) {
-            bail!("the DRTM event could not be played: {failure}");
-        }
+        self.look()?;
         let reason = self.qmp.last_end().unwrap_or_default();
         ensure!(reason != "guest-reset", "the machine was reset");
         Ok(())

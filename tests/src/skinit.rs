@@ -170,12 +170,14 @@ impl Part {
 
     /// Runs the machine until a CPU is about to execute SKINIT; gives that CPU and the instruction's address.
     fn wait_for_skinit(&mut self) -> Result<Option<(String, u64)>> {
+        let mut armed = Vec::new();
         loop {
             self.gdb.resume()?;
             let Stop::Thread { name, written } = self.gdb.wait()? else { return Ok(None) };
             self.gdb.select(&name)?;
             if let Some(at) = written {
-                if self.gdb.read(at, SKINIT.len())? == SKINIT {
+                if !armed.contains(&at) && self.gdb.read(at, SKINIT.len())? == SKINIT {
+                    armed.push(at);
                     self.say(&format!("SKINIT written to {at:#x}"));
                     self.gdb.insert(Break::Execute(at))?;
                 }
@@ -354,10 +356,12 @@ mod tests {
         image[..4].copy_from_slice(&[0x10, 0, LENGTH.to_le_bytes()[0], LENGTH.to_le_bytes()[1]]);
         machine.load(BASE, &image);
         machine.load(LAUNCH + MICROCODE_OFFSET, b"of the loader");
-        machine.script.push_back(Box::new(|m| {
-            m.load(AT, &SKINIT);
-            format!("T05thread:01;watch:{AT:x};")
-        }));
+        for _each_half_of_the_copy in 0..2 {
+            machine.script.push_back(Box::new(|m| {
+                m.load(AT, &SKINIT);
+                format!("T05thread:01;watch:{AT:x};")
+            }));
+        }
         machine.script.push_back(Box::new(|_| "T05thread:01;".to_owned()));
         machine.script.push_back(Box::new(run_microcode));
         drop(machine);
@@ -434,8 +438,8 @@ mod tests {
         let bsp = stub.machine().cpus[0].clone();
         stub.machine().cpus.push(bsp);
         stub.machine().cpus[0] = FakeCpu::in_init();
-        stub.machine().script[1] = Box::new(|_| "T05thread:02;".to_owned());
-        stub.machine().script[2] = Box::new(|m| {
+        stub.machine().script[2] = Box::new(|_| "T05thread:02;".to_owned());
+        stub.machine().script[3] = Box::new(|m| {
             m.cpus.swap(0, 1);
             let stop = run_microcode(m);
             m.cpus.swap(0, 1);
@@ -451,21 +455,21 @@ mod tests {
         let stub = machine(vec![]);
         // The page is used for something else in between.
         stub.machine().script.insert(
-            1,
+            2,
             Box::new(|m| {
                 m.load(AT, &[0x90, 0x90, 0x90]);
                 "T05thread:01;".to_owned()
             }),
         );
         stub.machine().script.insert(
-            2,
+            3,
             Box::new(|m| {
                 assert_eq!(m.steps, 1);
                 m.load(AT, &SKINIT);
                 "T05thread:01;".to_owned()
             }),
         );
-        stub.machine().script.remove(3);
+        stub.machine().script.remove(4);
         let (player, _) = play(&stub, None);
         assert_eq!(player.stage(), Stage::Slb);
     }

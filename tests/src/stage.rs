@@ -57,6 +57,13 @@ pub fn from_console(console: &[u8]) -> Stage {
     }
 }
 
+/// Whether the firmware has run out of things to boot: it tries the next one when the loader refuses, and
+/// ends in its shell or in its menu.
+pub fn nothing_booted(console: &[u8]) -> bool {
+    let console = String::from_utf8_lossy(console);
+    ["UEFI Interactive Shell", "BdsDxe: No bootable option"].iter().any(|mark| console.contains(mark))
+}
+
 /// Lines of the console in a report.
 const TAIL: usize = 25;
 
@@ -90,6 +97,9 @@ mod tests {
         assert_eq!(from_console(b""), Stage::Off);
         assert_eq!(from_console(b"\x1b[2J"), Stage::Firmware);
         assert_eq!(from_console(b"BdsDxe\r\ncordon: loader"), Stage::Loader);
+        assert!(
+            nothing_booted(b"\x1b[01;01HUEFI Interactive Shell v2.2") && !nothing_booted(b"BdsDxe: starting")
+        );
         assert_eq!(from_console(b"cordon: x\r\n[    0.0] Linux version 6"), Stage::Linux);
     }
 
