@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -102,7 +103,9 @@ fn dependencies(module: &[u8]) -> Vec<String> {
 /// Replaces a file in one step, so that nobody ever reads half of it.
 pub(crate) fn write_whole(to: &Path, data: &[u8]) -> Result<()> {
     let folder = to.parent().context("a file without a folder")?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    // Readable by all, as a file made the plain way would be: what `sudo make` made serves the user too.
+    let mut file =
+        tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o644)).tempfile_in(folder)?;
     file.write_all(data)?;
     file.persist(to).with_context(|| to.display().to_string())?;
     Ok(())

@@ -2,6 +2,7 @@
 
 pub mod channel;
 pub mod child;
+pub mod compare;
 pub mod esp;
 #[cfg(test)]
 mod fake_gdb;

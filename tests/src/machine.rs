@@ -160,6 +160,7 @@ impl Spec {
              -serial chardev:console
              -chardev socket,id=channel,path=channel.sock,server=on,wait=off -serial chardev:channel
              -qmp unix:qmp.sock,server=on,wait=off
+             -d cpu_reset -D cpu.log
              -S -gdb unix:gdb.sock,server=on,wait=off "
         );
         text.push_str(match self.console {
@@ -345,7 +346,9 @@ impl Machine {
             let status = self.qemu.wait(Duration::from_secs(5))?;
             let status = status.map_or_else(|| "still running".to_owned(), |s| s.to_string());
             let reason = self.qmp.last_end().unwrap_or_else(|| format!("QEMU: {status}"));
-            bail!("the machine ended ({reason}) before {what}");
+            let cpu = fs::read_to_string(self.dir.file("cpu.log")).unwrap_or_default();
+            let fault = if cpu.contains("Triple fault") { ", triple fault" } else { "" };
+            bail!("the machine ended ({reason}{fault}) before {what}");
         }
         if Instant::now() > end {
             bail!("no sign of {what} within {} s", self.timeout.as_secs());

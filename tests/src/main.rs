@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::machine::{Boot, Console, Firmware, Machine, Spec, Tpm};
 use tests::skinit::Fault;
-use tests::{images, paths};
+use tests::{compare, images, paths};
 
 #[derive(Parser)]
 #[command(about = "Builds Cordon's images and runs them in emulated machines")]
@@ -24,8 +24,19 @@ enum Action {
     Build,
     /// Print what a launch measures.
     Measure,
+    /// Compare the machine with Cordon to the same one without.
+    Bench(Box<Bench>),
     /// Run a machine: a command in its guest, or a shell on its console.
     Run(Box<Run>),
+}
+
+#[derive(Args)]
+struct Bench {
+    /// Boots of each machine.
+    #[arg(long, env = "RUNS", default_value_t = 3)]
+    runs: usize,
+    #[command(flatten)]
+    machine: Run,
 }
 
 #[derive(Args)]
@@ -139,6 +150,11 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Action::Build => images::build().map(|()| ExitCode::SUCCESS),
         Action::Measure => images::measure().map(|()| ExitCode::SUCCESS),
+        Action::Bench(bench) => images::build_initrd()
+            .and_then(|()| {
+                compare::compare(&Spec { console: Console::Log, ..bench.machine.spec() }, bench.runs)
+            })
+            .map(|()| ExitCode::SUCCESS),
         Action::Run(run) => run.run(),
     };
     result.unwrap_or_else(|error| {

@@ -1,0 +1,84 @@
+//! What Cordon costs: the same machine with and without it, side by side.
+//!
+//! Times are the host's, so that a guest's clock has no say; TCG's figures compare with each other only.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::machine::{Boot, Machine, Spec};
+use crate::stage::Stage;
+
+/// Names and scripts.
+const WORK: [(&str, &str); 5] = [
+    ("500 processes", "i=0; while [ $i -lt 500 ]; do /bin/busybox true; i=$((i+1)); done"),
+    ("copy 2 GB in memory", "dd if=/dev/zero of=/dev/null bs=1M count=2000 2>/dev/null"),
+    ("hash 64 MB", "head -c 64M /dev/zero | sha256sum"),
+    ("read the disk", "echo 3 >/proc/sys/vm/drop_caches; cat /dev/sda >/dev/null"),
+    (
+        "100 EFI variable reads",
+        "i=0; while [ $i -lt 100 ]; do cat /sys/firmware/efi/efivars/BootOrder-* >/dev/null; i=$((i+1)); done",
+    ),
+];
+
+/// What was timed, in order, and how long each took.
+type Times = Vec<(&'static str, Duration)>;
+
+/// Boots each machine `runs` times and prints medians.
+pub fn compare(spec: &Spec, runs: usize) -> Result<()> {
+    let native = median_times(&Spec { boot: Boot::Native, ..spec.clone() }, runs)?;
+    let cordon = median_times(&Spec { boot: Boot::Cordon, ..spec.clone() }, runs)?;
+    println!("{:<26}{:>10}{:>10}{:>8}   median of {runs}, seconds", "", "native", "Cordon", "ratio");
+    for ((name, native), (_, cordon)) in native.iter().zip(&cordon) {
+        let (native, cordon) = (native.as_secs_f64(), cordon.as_secs_f64());
+        println!("{name:<26}{native:>10.2}{cordon:>10.2}{:>8.2}", cordon / native);
+    }
+    Ok(())
+}
+
+fn median_times(spec: &Spec, runs: usize) -> Result<Times> {
+    let all = (0..runs.max(1)).map(|_| times(spec)).collect::<Result<Vec<_>>>()?;
+    Ok(medians(&all))
+}
+
+fn times(spec: &Spec) -> Result<Times> {
+    let mut machine = Machine::start(spec)?;
+    if let Err(error) = machine.wait_ready() {
+        return Err(error.context(machine.diagnosis()));
+    }
+    let at = |stage| machine.stages().iter().find(|(s, _)| *s >= stage).map_or(Duration::ZERO, |&(_, t)| t);
+    let mut times = vec![
+        ("power on to Linux", at(Stage::Linux)),
+        ("Linux to init", at(Stage::Init).saturating_sub(at(Stage::Linux))),
+    ];
+    for (name, script) in WORK {
+        let start = Instant::now();
+        machine.check(script)?;
+        times.push((name, start.elapsed()));
+    }
+    machine.power_off()?;
+    Ok(times)
+}
+
+fn medians(runs: &[Times]) -> Times {
+    let Some(first) = runs.first() else { return Times::new() };
+    let median = |index: usize| {
+        let mut sorted: Vec<_> =
+            runs.iter().filter_map(|run| run.get(index)).map(|&(_, time)| time).collect();
+        sorted.sort();
+        sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+    };
+    first.iter().enumerate().map(|(index, &(name, _))| (name, median(index))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_slow_run_does_not_move_the_median() {
+        let run = |a, b| vec![("a", Duration::from_secs(a)), ("b", Duration::from_secs(b))];
+        let medians = medians(&[run(1, 50), run(90, 40), run(2, 60)]);
+        assert_eq!(medians, run(2, 50));
+    }
+}
