@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
-use hv::launch::{Blob, PCR_CODE, PCR_CONFIG, POLICY, event, policy_entries};
-use hv::slrt::for_each_measured_policy_entry;
+use hv::launch::{PCR_CODE, PCR_CONFIG, POLICY, event};
 use loader::image::{check_kernel, check_mle, check_slb};
 use serde_json::json;
 use tpm::log::extended;
 use tpm::{Bank, Digest, HashAlg, digest_of};
+use zerocopy::IntoBytes;
 
 use crate::values::{alg, name};
 
@@ -129,25 +129,20 @@ impl Inputs {
 /// What the CPU, the SLB stage and the MLE measure, in their order.
 fn measurements(inputs: &Inputs, alg: HashAlg) -> Result<Vec<Measured>> {
     let hash = |data: &[u8]| digest_of(alg, &[data]).context("a bank that cannot be computed");
-    let mut policy = Vec::new();
-    // Places and sizes are not measured.
-    for_each_measured_policy_entry(&policy_entries(|_| Blob::default()), |entry| {
-        policy.extend_from_slice(entry);
-    });
+    // The SLB stage hashes the image itself and lets the TPM hash that digest in all its banks.
+    let mle = digest_of(HashAlg::SHA256, &[&inputs.mle]).context("SHA-256")?;
     let mut events = vec![
         Measured { pcr: PCR_CODE, event: event::SLB, digest: hash(&inputs.slb)? },
-        Measured { pcr: PCR_CODE, event: event::MLE, digest: hash(&inputs.mle)? },
-        Measured { pcr: PCR_CONFIG, event: event::POLICY, digest: hash(&policy)? },
+        Measured { pcr: PCR_CODE, event: event::MLE, digest: hash(mle.as_bytes())? },
+        Measured { pcr: PCR_CONFIG, event: event::POLICY, digest: hash(POLICY.as_bytes())? },
     ];
-    for (pcr, _, event) in POLICY {
-        let data = match event {
-            event::CONFIG => &inputs.config,
-            event::KERNEL => &inputs.kernel,
-            event::INITRD => &inputs.initrd,
-            event::CMDLINE => &inputs.cmdline,
-            other => bail!("the policy names {other:?}, which this program cannot predict"),
-        };
-        events.push(Measured { pcr, event, digest: hash(data)? });
+    for (event, data) in [
+        (event::CONFIG, &inputs.config),
+        (event::KERNEL, &inputs.kernel),
+        (event::INITRD, &inputs.initrd),
+        (event::CMDLINE, &inputs.cmdline),
+    ] {
+        events.push(Measured { pcr: PCR_CONFIG, event, digest: hash(data)? });
     }
     Ok(events)
 }

@@ -12,9 +12,9 @@ use std::process::Command;
 
 use tpm::{Bank, BankHasher, Banks, Digests, HashAlg, LogWriter};
 
-const SHA1_17: &str = "b9c647bbb91890f072fc8c61918d274f6bcde064";
+const SHA1_17: &str = "80cf52d179c42bf589df65e23c08efbe13e7ef36";
 const SHA1_18: &str = "9e66787693b50d8b5c973ef56dd9be77dcc5bb2e";
-const SHA256_17: &str = "63ffad71079c487d2478a536b3b07c0a2f5367c9dce5ca6bc030583c4c8b9f46";
+const SHA256_17: &str = "9884908141bb8341e4402d549227acf4fffd5010a02124e668dc7e769519183c";
 const SHA256_18: &str = "f99e02c4d70b59d026ce239c47adbd6c63c3dc00e0faec4d021abd34cf4aa88e";
 /// Without initrd, command line and configuration.
 const SHA256_18_BARE: &str = "8330adf04dae61a4e7a578fd2cc40b736642ae3ffa6126f5c935149854421448";
@@ -104,7 +104,7 @@ impl Files {
         let mut log = LogWriter::create(&mut buffer, &banks).unwrap();
         for (pcr, name, data) in [
             (17, "SKINIT", read("slb")),
-            (17, "MLE", read("mle")),
+            (17, "MLE", tpm::digest_of(HashAlg::SHA256, &[&read("mle")]).unwrap().as_bytes().to_vec()),
             (18, "SLRT policy", policy),
             (18, "configuration", read("config")),
             (18, "kernel", read("kernel")),

@@ -3,7 +3,9 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::slrt::{EntryHeader, PolicyEntry, policy_info};
+use crate::slrt::{
+    ENTITY_CMDLINE, ENTITY_RAMDISK, ENTITY_UNSPECIFIED, EntryHeader, PolicyEntry, policy_info,
+};
 
 /// Bytes of the secure loader block, and its alignment.
 ///
@@ -135,8 +137,8 @@ pub struct Handoff {
     pub log_base: u64,
     /// Event log bytes.
     pub log_size: u64,
-    /// Bytes of the log that the SLB stage has written.
-    pub log_used: u64,
+    /// SHA-256 of the MLE image, whose digests the SLB stage has extended into PCR 17. The MLE begins the log with it.
+    pub mle_sha256: [u8; 32],
     /// MLE region base.
     pub region_base: u64,
     /// MLE region bytes.
@@ -181,30 +183,40 @@ pub mod event {
     pub const CMDLINE: &str = "command line";
 }
 
-/// The one policy that the loader writes and that the SLB stage and the MLE accept: the entities of
-/// PCR 18 in the order in which the MLE measures them.
-pub const POLICY: [(u32, u16, &str); 4] = [
-    (PCR_CONFIG, crate::slrt::ENTITY_UNSPECIFIED, event::CONFIG),
-    (PCR_CONFIG, crate::slrt::ENTITY_UNSPECIFIED, event::KERNEL),
-    (PCR_CONFIG, crate::slrt::ENTITY_RAMDISK, event::INITRD),
-    (PCR_CONFIG, crate::slrt::ENTITY_CMDLINE, event::CMDLINE),
+/// The one policy that the loader writes and that the SLB stage and the MLE accept, in the form in which it is
+/// measured ([`PolicyEntry::measured`]): the entities of PCR 18 in the order in which the MLE measures them.
+pub const POLICY: [PolicyEntry; 4] = [
+    policy_entry(ENTITY_UNSPECIFIED, event::CONFIG),
+    policy_entry(ENTITY_UNSPECIFIED, event::KERNEL),
+    policy_entry(ENTITY_RAMDISK, event::INITRD),
+    policy_entry(ENTITY_CMDLINE, event::CMDLINE),
 ];
 
-/// The policy as the loader writes it: [`POLICY`] with the place of each entity, by its name.
-pub fn policy_entries(mut place: impl FnMut(&str) -> Blob) -> [PolicyEntry; POLICY.len()] {
-    POLICY.map(|(pcr, entity_type, name)| {
-        let blob = place(name);
-        PolicyEntry {
-            // PCRs have numbers below 24.
-            pcr: (pcr as u16).into(),
-            entity_type: entity_type.into(),
-            flags: 0.into(),
-            reserved: 0.into(),
-            size: blob.size,
-            entity: blob.base,
-            info: policy_info(name),
-        }
-    })
+const fn policy_entry(entity_type: u16, name: &str) -> PolicyEntry {
+    PolicyEntry {
+        pcr: U16::new(PCR_CONFIG as u16),
+        entity_type: U16::new(entity_type),
+        flags: U16::new(0),
+        reserved: U16::new(0),
+        size: U64::new(0),
+        entity: U64::new(0),
+        info: policy_info(name),
+    }
+}
+
+/// Index of the first entry in which `policy` is not [`POLICY`]; `None` when it is the same.
+pub fn policy_difference(policy: &[PolicyEntry]) -> Option<usize> {
+    let different = policy.iter().zip(&POLICY).position(|(have, want)| have.measured() != *want);
+    different.or_else(|| (policy.len() != POLICY.len()).then_some(policy.len().min(POLICY.len())))
+}
+
+/// The policy as the loader writes it: [`POLICY`] with the places of the entities, in its order.
+pub fn policy_entries(places: [Blob; POLICY.len()]) -> [PolicyEntry; POLICY.len()] {
+    let mut policy = POLICY;
+    for (entry, place) in policy.iter_mut().zip(places) {
+        (entry.entity, entry.size) = (place.base, place.size);
+    }
+    policy
 }
 
 #[cfg(test)]

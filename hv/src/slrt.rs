@@ -16,7 +16,7 @@ pub const ARCH_TXT: u16 = 1;
 /// Header `architecture`: AMD SKINIT.
 pub const ARCH_SKINIT: u16 = 2;
 /// Largest table read, header included.
-pub const MAX_SIZE: usize = 4096;
+pub const MAX_SIZE: usize = 2048;
 
 /// Entry tag: how the launch was made ([`DlInfo`]).
 pub const TAG_DL_INFO: u32 = 1;
@@ -295,14 +295,11 @@ impl<'a> Slrt<'a> {
     }
 }
 
-/// The bytes of a policy that are measured: its entries with `entity` (an address, different on each
-/// boot) and `size` (implied by the entity's own digest) set to zero, calls `sink` once per entry.
-pub fn for_each_measured_policy_entry(policy: &[PolicyEntry], mut sink: impl FnMut(&[u8])) {
-    for entry in policy {
-        let mut canonical = *entry;
-        canonical.entity.set(0);
-        canonical.size.set(0);
-        sink(canonical.as_bytes());
+impl PolicyEntry {
+    /// The entry as it is measured: its address, which is another on each boot, and its size, which the entity's own
+    /// digest implies, set to zero.
+    pub const fn measured(&self) -> Self {
+        Self { size: U64::new(0), entity: U64::new(0), ..*self }
     }
 }
 
@@ -373,10 +370,15 @@ pub fn entry_header<T>(tag: u32) -> EntryHeader {
 }
 
 /// A name as [`PolicyEntry::info`] holds it; cut at 31 bytes.
-pub fn policy_info(name: &str) -> [u8; 32] {
+pub const fn policy_info(name: &str) -> [u8; 32] {
     let mut info = [0; 32];
-    for (to, from) in info.iter_mut().take(31).zip(name.bytes()) {
-        *to = from;
+    let (mut to, mut from) = (info.as_mut_slice(), name.as_bytes());
+    while let ([first, more @ ..], [byte, rest @ ..]) = (to, from) {
+        if more.is_empty() {
+            break;
+        }
+        *first = *byte;
+        (to, from) = (more, rest);
     }
     info
 }
@@ -457,18 +459,18 @@ mod tests {
     #[test]
     fn addresses_and_sizes_are_not_measured() {
         let (bytes, used) = sample();
-        let t = Slrt::parse(&bytes[..used]).unwrap();
-        let mut policy = [t.policy().unwrap()[0]];
-        let mut one = Vec::new();
-        for_each_measured_policy_entry(&policy, |b| one.extend_from_slice(b));
-        policy[0].entity.set(77);
-        policy[0].size.set(1);
-        let mut two = Vec::new();
-        for_each_measured_policy_entry(&policy, |b| two.extend_from_slice(b));
-        assert_eq!(one, two);
-        policy[0].pcr.set(17);
-        let mut three = Vec::new();
-        for_each_measured_policy_entry(&policy, |b| three.extend_from_slice(b));
-        assert_ne!(one, three);
+        let mut entry = Slrt::parse(&bytes[..used]).unwrap().policy().unwrap()[0];
+        let measured = entry.measured();
+        entry.entity.set(77);
+        entry.size.set(1);
+        assert_eq!(entry.measured(), measured);
+        entry.pcr.set(17);
+        assert_ne!(entry.measured(), measured);
+    }
+
+    #[test]
+    fn a_long_name_is_cut_and_stays_terminated() {
+        assert_eq!(&policy_info("ab")[..3], b"ab\0");
+        assert_eq!(policy_info(&"x".repeat(40))[30..], [b'x', 0]);
     }
 }

@@ -38,17 +38,11 @@ pub struct Error {
     /// Kind of problem.
     pub problem: Problem,
     /// Byte of the table at which the block or entry begins.
-    pub offset: u16,
-    /// The offending value, see [`Problem`], cut to 32 bits.
-    pub value: u32,
+    pub offset: usize,
+    /// The offending value, see [`Problem`].
+    pub value: u64,
     /// What the value may at most be, where that makes sense; zero elsewhere.
-    pub limit: u32,
-}
-
-impl Error {
-    fn new(problem: Problem, offset: usize, value: u64, limit: usize) -> Self {
-        Self { problem, offset: offset as u16, value: value as u32, limit: limit as u32 }
-    }
+    pub limit: u64,
 }
 
 impl fmt::Display for Error {
@@ -84,7 +78,8 @@ impl<'a> Ivrs<'a> {
             || table.len() < HEADER_SIZE
             || usize::try_from(length) != Ok(table.len())
         {
-            return Err(Error::new(Problem::Header, 0, length.into(), table.len()));
+            let (value, limit) = (u64::from(length), table.len() as u64);
+            return Err(Error { problem: Problem::Header, offset: 0, value, limit });
         }
         let mut offset = HEADER_SIZE;
         while offset < table.len() {
@@ -96,7 +91,8 @@ impl<'a> Ivrs<'a> {
             if let Some(memory) = block.memory() {
                 let empty = memory.length == 0;
                 if empty || memory.start.checked_add(memory.length.wrapping_sub(1)).is_none() {
-                    return Err(Error::new(Problem::Memory, offset, memory.start, 0));
+                    let value = memory.start;
+                    return Err(Error { problem: Problem::Memory, offset, value, limit: 0 });
                 }
             }
             offset = offset.saturating_add(block.bytes.len());
@@ -115,7 +111,8 @@ impl<'a> Ivrs<'a> {
             } else {
                 continue;
             };
-            return Err(Error::new(problem, unit.block.offset, unit.device().into(), 0));
+            let value = u64::from(unit.device());
+            return Err(Error { problem, offset: unit.block.offset, value, limit: 0 });
         }
         Ok(())
     }
@@ -174,7 +171,10 @@ impl<'a> Block<'a> {
         };
         match rest.get(..length) {
             Some(bytes) if length >= minimum => Ok(Self { offset, bytes }),
-            _ => Err(Error::new(Problem::Length, offset, length as u64, rest.len())),
+            _ => {
+                let (value, limit) = (length as u64, rest.len() as u64);
+                Err(Error { problem: Problem::Length, offset, value, limit })
+            }
         }
     }
 
@@ -262,8 +262,12 @@ impl<'a> Unit<'a> {
         let mut open = None;
         while at < self.block.bytes.len() {
             let (entry, length) = DeviceEntry::at(&self.block, at)?;
-            let offset = self.block.offset.saturating_add(at);
-            let range = |device: u16| Error::new(Problem::Range, offset, device.into(), 0);
+            let range = |device: u16| Error {
+                problem: Problem::Range,
+                offset: self.block.offset.saturating_add(at),
+                value: u64::from(device),
+                limit: 0,
+            };
             match entry {
                 DeviceEntry::Padding => {}
                 DeviceEntry::RangeEnd { device } => match open.take() {
@@ -281,7 +285,10 @@ impl<'a> Unit<'a> {
         }
         match open {
             None => Ok(()),
-            Some(device) => Err(Error::new(Problem::Range, self.block.offset, device.into(), 0)),
+            Some(device) => {
+                let (offset, value) = (self.block.offset, u64::from(device));
+                Err(Error { problem: Problem::Range, offset, value, limit: 0 })
+            }
         }
     }
 }
@@ -349,8 +356,12 @@ impl DeviceEntry {
     fn at(block: &Block<'_>, at: usize) -> Result<(Self, usize), Error> {
         let kind = block.u8(at);
         let left = block.bytes.len().saturating_sub(at);
-        let offset = block.offset.saturating_add(at);
-        let error = |problem, value: usize| Error::new(problem, offset, value as u64, left);
+        let error = |problem, value: usize| Error {
+            problem,
+            offset: block.offset.saturating_add(at),
+            value: value as u64,
+            limit: left as u64,
+        };
         let length = match kind {
             0x00..=0x3f => 4,
             0x40..=0x7f => 8,

@@ -364,7 +364,7 @@ mod tests {
             dma_area: range(46 * MIB, 4 * MIB),
             launch_page: range(0x9_0000, 0x2000),
             log: range(41 * MIB, 0x1_0000),
-            log_used: 0,
+            mle_sha256: [0; 32],
             kernel: range(52 * MIB, MIB),
             initrd: Some(range(54 * MIB, 0x1234)),
             cmdline: Some(range(55 * MIB, 7)),

@@ -5,9 +5,10 @@ use core::fmt;
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::launch::{
-    Blob, CordonEntry, DMA_AREA_SIZE, HANDOFF_MAGIC, Handoff, LAUNCH_PAGE_SIZE, MLE_VERSION, POLICY, SLB_SIZE,
+    Blob, CordonEntry, DMA_AREA_SIZE, HANDOFF_MAGIC, Handoff, LAUNCH_PAGE_SIZE, MLE_VERSION, SLB_SIZE,
+    policy_difference,
 };
-use hv::slrt::{self, PolicyEntry, Slrt, SlrtError};
+use hv::slrt::{self, Slrt, SlrtError};
 
 /// Longest configuration file, in bytes.
 pub const MAX_CONFIG: u64 = 0x1_0000;
@@ -106,10 +107,10 @@ pub struct Inputs {
     pub dma_area: PhysRange,
     /// Start-up pages of the APs, below 1 MiB.
     pub launch_page: PhysRange,
-    /// The event log, and how much of it is written.
+    /// Where the event log goes.
     pub log: PhysRange,
-    /// Bytes of the log written so far.
-    pub log_used: u64,
+    /// SHA-256 of this image's file, as the SLB stage measured it.
+    pub mle_sha256: [u8; 32],
     /// Kernel file.
     pub kernel: PhysRange,
     /// Initrds, if any.
@@ -170,7 +171,10 @@ pub fn read(handoff: &Handoff, image: PhysRange, mem: &impl PhysMem) -> Result<I
         });
     }
     let table = Slrt::parse(bytes)?;
-    check_policy(table.policy()?)?;
+    // A loader that could choose would choose to have less measured.
+    if let Some(entry) = policy_difference(table.policy()?) {
+        return Err(InputError::Policy { entry });
+    }
     let entry: CordonEntry = table.entry(slrt::TAG_CORDON)?;
     if entry.version.get() != MLE_VERSION {
         return Err(InputError::Version(entry.version.get()));
@@ -181,7 +185,7 @@ pub fn read(handoff: &Handoff, image: PhysRange, mem: &impl PhysMem) -> Result<I
         dma_area,
         launch_page: place("launch page", entry.launch_page.get(), LAUNCH_PAGE_SIZE)?,
         log: place("event log", handoff.log_base, handoff.log_size)?,
-        log_used: handoff.log_used,
+        mle_sha256: handoff.mle_sha256,
         kernel: needed("kernel", entry.kernel, MAX_FILE)?,
         initrd: optional("initrd", entry.initrd, MAX_FILE)?,
         cmdline: optional("command line", entry.cmdline, MAX_CMDLINE)?,
@@ -231,23 +235,6 @@ impl Inputs {
     }
 }
 
-/// The policy must be the one of [`POLICY`]: a loader that could choose would choose to have less measured.
-fn check_policy(policy: &[PolicyEntry]) -> Result<(), InputError> {
-    for (i, (have, (pcr, entity_type, name))) in policy.iter().zip(POLICY).enumerate() {
-        if u32::from(have.pcr.get()) != pcr
-            || have.entity_type.get() != entity_type
-            || have.flags.get() != 0
-            || have.info != slrt::policy_info(name)
-        {
-            return Err(InputError::Policy { entry: i });
-        }
-    }
-    if policy.len() != POLICY.len() {
-        return Err(InputError::Policy { entry: policy.len().min(POLICY.len()) });
-    }
-    Ok(())
-}
-
 /// A range wholly inside what the entry tables map, off the first page.
 fn place(what: &'static str, base: u64, size: u64) -> Result<PhysRange, InputError> {
     PhysRange::new(base, size)
@@ -270,7 +257,7 @@ fn optional(what: &'static str, blob: Blob, limit: u64) -> Result<Option<PhysRan
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hv::slrt::{ARCH_SKINIT, Builder, ENTITY_CMDLINE, entry_header, policy_info};
+    use hv::slrt::{ARCH_SKINIT, Builder, ENTITY_CMDLINE, PolicyEntry, entry_header};
     use zerocopy::{FromZeros, IntoBytes};
 
     const REGION: u64 = 0x4000_0000;
@@ -305,18 +292,7 @@ mod tests {
     }
 
     fn policy() -> Vec<PolicyEntry> {
-        POLICY
-            .iter()
-            .map(|(pcr, ty, name)| PolicyEntry {
-                pcr: (*pcr as u16).into(),
-                entity_type: (*ty).into(),
-                flags: 0.into(),
-                reserved: 0.into(),
-                size: 1.into(),
-                entity: 2.into(),
-                info: policy_info(name),
-            })
-            .collect()
+        hv::launch::policy_entries([blob(1, 2); 4]).to_vec()
     }
 
     fn run(
@@ -330,7 +306,7 @@ mod tests {
             slrt_size: 0,
             log_base: 0x3100_0000,
             log_size: 0x1_0000,
-            log_used: 0,
+            mle_sha256: [7; 32],
             region_base: REGION,
             region_size: 32 << 20,
             tsc_khz: 1_000_000,

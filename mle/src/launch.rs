@@ -17,7 +17,7 @@ use firmware::service::Service;
 use firmware::tables::{FirmwareTables, TablesError};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, event};
+use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, SlbHeader, event};
 use hv::radix::{self, AMD_VI, NPT, PageSize, Tables};
 use hv::space::{self, View};
 use hv::vcpu::Vcpu;
@@ -26,6 +26,7 @@ use iommu::ivrs::Ivrs;
 use log::info;
 use svm::maps::{Iopm, Msrpm};
 use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
+use zerocopy::{FromZeros, IntoBytes};
 
 use crate::apic::Xapic;
 use crate::boot::{self, BootError};
@@ -199,8 +200,10 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     unsafe { paging::activate(own.root(), features.smep) };
     info!("own page tables active, {} KiB of the region left", pool.left() / 1024);
 
-    // SAFETY: our tables map all RAM one to one for good.
-    let mem = unsafe { Identity::new(ram_end, (inputs.region.start(), inputs.region.len())) };
+    let below_dma = inputs.dma_area.start().saturating_sub(inputs.region.start());
+    // SAFETY: our tables map all RAM one to one for good; the DMA area, whose tables are written through this, holds no
+    // object of ours.
+    let mem = unsafe { Identity::new(ram_end, (inputs.region.start(), below_dma)) };
     // SAFETY: bare metal, CPL 0.
     let ports = unsafe { Ports::new() };
     let machine = Machine { ports, clock, mem, mapped: FOUR_GIB };
@@ -216,13 +219,12 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let log_size = usize::try_from(inputs.log.len()).unwrap_or(0);
     // SAFETY: fresh pages of the pool, as many as the log has, used as the log alone.
     let log: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(log_at as *mut u8, log_size) };
-    mem.read(inputs.log.start(), log);
     // SAFETY: the TPM's pages are mapped uncached; the MLE drives it alone until the guest runs.
     let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
-    let used = usize::try_from(inputs.log_used).unwrap_or(usize::MAX);
     // SAFETY: `paging::activate` made SSE usable, and measurements end before anything changes that.
     let sha256 = unsafe { sha_ni::sha256_blocks() };
-    let mut measurer = Measurer::open(window, clock, inputs.tpm_degraded, sha256, &mut *log, used)?;
+    let mut measurer = Measurer::open(window, clock, inputs.tpm_degraded, sha256, &mut *log)?;
+    measurer.log_launch(measured_slb(&inputs, &mem)?, &inputs, &mem)?;
     let config_len = usize::try_from(inputs.config.map_or(0, |c| c.len())).unwrap_or(0);
     let config = config.get_mut(..config_len).unwrap_or_default();
     if let Some(range) = inputs.config {
@@ -349,6 +351,15 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     );
     logger::guest_has_the_port();
     run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0)
+}
+
+/// The part of the SLB that the CPU measured, as the SLB's own header has it.
+fn measured_slb(inputs: &Inputs, mem: &impl PhysMem) -> Result<PhysRange, InputError> {
+    let mut header = SlbHeader::new_zeroed();
+    let start = inputs.slb.start();
+    mem.read(start, header.as_mut_bytes());
+    PhysRange::new(start, header.length.get().into())
+        .ok_or(InputError::Handoff { field: "slb_base", value: start })
 }
 
 /// Clears Bus Master Enable of all PCI functions but bridges and IOMMUs.

@@ -22,5 +22,6 @@ pub mod platform;
 pub mod pool;
 pub mod run;
 pub mod services;
+pub mod slb;
 pub mod smp;
 pub mod trap;

@@ -5,10 +5,13 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use hv::addr::PhysRange;
 use hv::io::PhysMem;
-use hv::launch::{EV_SLAUNCH, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE};
+use hv::launch::{EV_SLAUNCH, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE, POLICY, event};
 use tpm::log::EV_NO_ACTION;
 use tpm::{BankHasher, Contention, Digests, Locality, LogWriter, Sha256Blocks, Tpm};
 
+use zerocopy::IntoBytes;
+
+use crate::inputs::Inputs;
 use crate::metal::{Identity, PhysWindow, TscClock};
 
 /// The localities that the guest does not get, and the pages' addresses.
@@ -63,15 +66,13 @@ pub struct Measurer<'a> {
 }
 
 impl<'a> Measurer<'a> {
-    /// Opens the TPM at locality 2 and continues the log, of which `used` bytes are in `log`. `sha256` is the CPU's own
-    /// way of hashing, if it has one.
+    /// Opens the TPM at locality 2 and begins the log in `log`. `sha256` is the CPU's own way of hashing, if it has one.
     pub fn open(
         window: PhysWindow,
         clock: TscClock,
         degraded: bool,
         sha256: Option<Sha256Blocks>,
         log: &'a mut [u8],
-        used: usize,
     ) -> Result<Self, MeasureError> {
         KHZ.store(clock.khz, Ordering::Relaxed);
         let locality = if degraded { Locality::Zero } else { Locality::Two };
@@ -79,8 +80,27 @@ impl<'a> Measurer<'a> {
         if let Some(blocks) = sha256 {
             tpm.use_sha256(blocks);
         }
-        let log = LogWriter::resume(log, used, tpm.banks())?;
+        let log = LogWriter::create(log, tpm.banks())?;
         Ok(Self { tpm, log, degraded })
+    }
+
+    /// Logs what was extended before us: the CPU's measurement of `slb`, then what the SLB stage let the TPM hash.
+    pub fn log_launch(
+        &mut self,
+        slb: PhysRange,
+        inputs: &Inputs,
+        mem: &Identity,
+    ) -> Result<(), MeasureError> {
+        let mut hasher = self.tpm.hasher();
+        hash_memory(&mut hasher, slb, mem)?;
+        self.log.append(PCR_CODE, EV_SLAUNCH, &hasher.finish(), event::SLB.as_bytes())?;
+        let event_type = if self.degraded { EV_NO_ACTION } else { EV_SLAUNCH };
+        let own: [(u32, &str, &[u8]); 2] =
+            [(PCR_CODE, event::MLE, &inputs.mle_sha256), (PCR_CONFIG, event::POLICY, POLICY.as_bytes())];
+        for (pcr, name, data) in own {
+            self.log.append(pcr, event_type, &self.tpm.digests_of(data), name.as_bytes())?;
+        }
+        Ok(())
     }
 
     /// Measures the bytes of `range`, or nothing at all, into `pcr` under `name`.

@@ -82,6 +82,7 @@ impl PhysWindow {
     }
 
     /// The address of an aligned access of `size` bytes; `None` outside the window.
+    #[inline(always)]
     fn at(&self, offset: u32, size: u32) -> Option<u64> {
         (offset.checked_add(size)? <= self.len && offset.is_multiple_of(size))
             .then(|| self.base.wrapping_add(offset.into()))
@@ -171,8 +172,13 @@ impl Clock for TscClock {
     fn now_us(&self) -> u64 {
         // SAFETY: RDTSC reads a counter; CR4.TSD does not bind CPL 0.
         let ticks = unsafe { x86::time::rdtsc() };
-        (u128::from(ticks).saturating_mul(1000).checked_div(self.khz.into()))
-            .map_or(0, |us| u64::try_from(us).unwrap_or(u64::MAX))
+        // In two steps, because 64 bits do not hold ticks * 1000 for long.
+        let (ms, rest) = match (ticks.checked_div(self.khz), ticks.checked_rem(self.khz)) {
+            (Some(ms), Some(rest)) => (ms, rest),
+            _ => return 0,
+        };
+        let us = rest.saturating_mul(1000).checked_div(self.khz).unwrap_or(0);
+        ms.saturating_mul(1000).saturating_add(us)
     }
 }
 

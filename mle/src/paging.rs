@@ -13,14 +13,14 @@ use crate::pool::PagePool;
 /// Read and write.
 const DATA: Rights = Rights::READ.union(Rights::WRITE);
 
-/// Builds the tables. `ram_end` is the first address past RAM; `closed` is memory with no mapping at all,
-/// `devices` are register windows, mapped uncached.
+/// Builds the tables. `ram_end` is the first address past RAM; `constant` is memory that is
+/// only read, `devices` are register windows, mapped uncached.
 pub fn build(
     pool: &mut PagePool,
     image: &Image,
     ram_end: u64,
     largest: PageSize,
-    closed: &[PhysRange],
+    constant: &[PhysRange],
     devices: &[PhysRange],
 ) -> Result<Tables, Error> {
     let tables = Tables::new(&STAGE1, 4, largest, pool)?;
@@ -37,8 +37,8 @@ pub fn build(
             tables.protect(pool, range, rights)?;
         }
     }
-    for range in closed {
-        tables.unmap(pool, range.page_outward())?;
+    for range in constant {
+        tables.protect(pool, range.page_outward(), Rights::READ)?;
     }
     for range in devices {
         let range = range.page_outward();

@@ -73,18 +73,16 @@ pub type Banks = Vec<Bank, MAX_BANKS>;
 pub struct Digest {
     alg: HashAlg,
     size: u8,
+    // Zero beyond `size`, so that equality is plain.
     bytes: [u8; MAX_DIGEST],
 }
 
 impl PartialEq for Digest {
-    /// Byte by byte, because memcmp would take half a KiB of the SLB.
     fn eq(&self, other: &Self) -> bool {
         self.alg == other.alg && self.as_bytes().iter().eq(other.as_bytes())
     }
 }
-
 impl Eq for Digest {}
-
 impl Digest {
     /// A digest of 1 to [`MAX_DIGEST`] bytes; none for another length.
     pub fn new(alg: HashAlg, digest: &[u8]) -> Option<Self> {

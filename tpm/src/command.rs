@@ -1,6 +1,6 @@
 //! The commands that Cordon sends, and their responses.
 //!
-//! Spec: \[TPM2\] "TPM2_GetCapability", "TPM2_PCR_Extend", "TPM2_PCR_Read"; all fields big-endian.
+//! Spec: \[TPM2\] "TPM2_GetCapability", "TPM2_PCR_Event", "TPM2_PCR_Extend", "TPM2_PCR_Read"; all fields big-endian.
 
 use heapless::Vec;
 
@@ -11,9 +11,10 @@ use crate::reader::Reader;
 /// Longest command, in bytes: an extend of [`crate::MAX_BANKS`] banks of 64 bytes takes 559.
 const COMMAND_MAX: usize = 576;
 pub(crate) type Command = Vec<u8, COMMAND_MAX>;
-/// Longest response: a read of one PCR.
-pub(crate) const RESPONSE_MAX: usize = 256;
+/// Longest response: an event's digests for [`crate::MAX_BANKS`] banks of 64 bytes take 551.
+pub(crate) const RESPONSE_MAX: usize = 576;
 
+pub(crate) const CC_PCR_EVENT: u32 = 0x13c;
 pub(crate) const CC_GET_CAPABILITY: u32 = 0x17a;
 pub(crate) const CC_PCR_READ: u32 = 0x17e;
 pub(crate) const CC_PCR_EXTEND: u32 = 0x182;
@@ -60,6 +61,12 @@ pub(crate) fn pcr_extend(pcr: u32, digests: &[Digest]) -> Result<Command, Error>
         append(digest.as_bytes())?;
     }
     command(ST_SESSIONS, CC_PCR_EXTEND, &[&pcr.to_be_bytes(), &EMPTY_PASSWORD, &list])
+}
+
+/// Extends `pcr` in all banks with the TPM's own digests of `data`.
+pub(crate) fn pcr_event(pcr: u32, data: &[u8]) -> Result<Command, Error> {
+    let length = data.len() as u16;
+    command(ST_SESSIONS, CC_PCR_EVENT, &[&pcr.to_be_bytes(), &EMPTY_PASSWORD, &length.to_be_bytes(), data])
 }
 
 /// The bit of `pcr` in a selection's bitmap; none beyond PCR 23.
@@ -162,8 +169,9 @@ pub(crate) fn parse_pcr_read(response: &[u8], alg: HashAlg, pcr: u32) -> Result<
         fields.end()?;
         return Ok(None);
     }
-    let wanted = selection(alg, pcr).unwrap_or_default();
-    if values != 1 || !wanted.iter().skip(3).eq(select) {
+    let wanted = selection(alg, pcr);
+    if values != 1 || !wanted.as_ref().and_then(|wanted| wanted.get(3..)).is_some_and(|w| w.iter().eq(select))
+    {
         return Err(Error::Response { field: Field::DigestCount, value: values });
     }
     let size = fields.get(Field::DigestSize, Reader::be16)?;

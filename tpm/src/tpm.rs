@@ -3,7 +3,9 @@
 use hv::io::{Clock, Mmio};
 
 use crate::bank::{Bank, Banks, Digest, Digests, HashAlg};
-use crate::command::{self, CC_GET_CAPABILITY, CC_PCR_EXTEND, CC_PCR_READ, Command, RESPONSE_MAX};
+use crate::command::{
+    self, CC_GET_CAPABILITY, CC_PCR_EVENT, CC_PCR_EXTEND, CC_PCR_READ, Command, RESPONSE_MAX,
+};
 use crate::error::{Error, Field};
 use crate::hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks};
 use crate::log::LogWriter;
@@ -27,9 +29,7 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
     /// [`Error::LocalityUnavailable`] when the interface lacks the locality: the caller decides whether
     /// another will do. Otherwise whatever went wrong; the locality is not held then.
     pub fn open(mmio: M, clock: C, locality: Locality, contention: Contention) -> Result<Self, Error> {
-        let chip = Chip::attach(mmio, clock)?;
-        let mut tpm = Self { chip, banks: Banks::new(), sha256: SHA256_SOFTWARE };
-        tpm.acquire(locality, contention)?;
+        let mut tpm = Self::attach(mmio, clock, locality, contention)?;
         match tpm.read_banks() {
             Ok(banks) => tpm.banks = banks,
             Err(error) => {
@@ -38,6 +38,24 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
             }
         }
         Ok(tpm)
+    }
+
+    /// [`Tpm::open`] for a caller that lets the TPM hash ([`Tpm::event`]): the banks are not asked for and taken to be
+    /// none.
+    pub fn attach(mmio: M, clock: C, locality: Locality, contention: Contention) -> Result<Self, Error> {
+        let chip = Chip::attach(mmio, clock)?;
+        let mut tpm = Self { chip, banks: Banks::new(), sha256: SHA256_SOFTWARE };
+        tpm.acquire(locality, contention)?;
+        Ok(tpm)
+    }
+
+    /// Extends `pcr` in every active bank with the digest of `data`, at most 512 bytes, that the TPM itself computes.
+    ///
+    /// # Errors
+    /// As for [`Tpm::extend`].
+    pub fn event(&mut self, pcr: u32, data: &[u8]) -> Result<(), Error> {
+        let command = command::pcr_event(pcr, data)?;
+        self.run(CC_PCR_EVENT, &command, |_| Ok(()))
     }
 
     /// Hashes SHA-256 with `blocks` from now on.

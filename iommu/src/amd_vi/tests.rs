@@ -262,7 +262,7 @@ fn ivrs_and_pci_must_agree() {
     let elsewhere = Table::new().unit(0x10, UNIT, BASE, 1, &[]);
     assert_eq!(deny(&machine, elsewhere, &[]), Error::Segment { device: UNIT, segment: 1 });
     let moved = Table::new().unit(0x10, UNIT, 0x1000_0000, 0, &[]);
-    let differs = Error::BaseDiffers { device: UNIT, capability: BASE };
+    let differs = Error::BaseDiffers { device: UNIT, table: 0x1000_0000, capability: BASE };
     assert_eq!(deny(&machine, moved, &[]), differs);
     let base = Error::Base { device: UNIT, base: BASE };
     assert_eq!(deny(&machine, listed(), &[PhysRange::new(BASE + 0x3fff, 1).unwrap()]), base);
@@ -391,7 +391,7 @@ fn a_root_that_no_unit_can_walk_is_refused() {
     for (table, levels) in [(0x1001, 3), (1 << 52, 3), (0x1000, 0), (0x1000, 7)] {
         let root = Root { table, levels };
         let refused = all.open_guest(&machine, root, Interrupts::Ordinary);
-        assert_eq!(refused, Err(Error::Root { table: root.table, levels: root.levels, limit: 6 }));
+        assert_eq!(refused, Err(Error::Root { root, levels: 6 }));
     }
 }
 

@@ -230,8 +230,11 @@ impl<W: Mmio> Unit<W> {
     }
 
     fn expect(&self, register: u32, wanted: u64, mask: u64) -> Result<(), Error> {
-        let bits = (self.window.read64(register) ^ wanted) & mask;
-        if bits == 0 { Ok(()) } else { Err(Error::Register { device: self.device, register, bits }) }
+        let found = self.window.read64(register);
+        if (found ^ wanted) & mask == 0 {
+            return Ok(());
+        }
+        Err(Error::Register { device: self.device, register, wanted, found })
     }
 
     fn timeout(&self, register: u32, wanted: u64) -> Error {

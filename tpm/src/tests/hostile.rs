@@ -76,13 +76,13 @@ fn a_tpm_that_was_not_started_is_refused() {
 #[test]
 fn malformed_responses_are_named() {
     let field = |field, value| Some(Error::Response { field, value });
-    let size = |size| Some(Error::ResponseSize { size, limit: 256 });
+    let size = |size| Some(Error::ResponseSize { size, limit: 576 });
     let sha256: &[u8] = &[0, 11, 3, 255, 255, 255];
     for (answer, error) in [
         // A TPM 1.2.
         (vec![0, 0xc4, 0, 0, 0, 10, 0, 0, 0, 0x1e], field(Field::Tag, 0xc4)),
         (vec![0x80, 1, 0, 0, 0, 9, 0, 0, 0, 0], size(9)),
-        (vec![0x80, 1, 0, 0, 1, 1, 0, 0, 0, 0], size(257)),
+        (vec![0x80, 1, 0, 0, 2, 0x41, 0, 0, 0, 0], size(577)),
         (vec![0x80, 1, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0], size(u32::MAX)),
         (vec![0x80, 1, 0, 0, 0, 10, 0, 0, 0, 0], field(Field::MoreData, 0)),
         (vec![0x80, 1, 0, 0, 0, 11, 0, 0, 0, 0, 1], field(Field::MoreData, 1)),
