@@ -155,7 +155,7 @@ impl Spec {
              -global driver=cfi.pflash01,property=secure,value={smm}
              -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm0,chardev=tpm
              -device {model},tpmdev=tpm0
-             -device amd-iommu,intremap=on
+             -device amd-iommu,intremap=off
              -drive if=none,id=esp,format=raw,file=esp.img -device ide-hd,drive=esp,bus=ide.0,bootindex=1
              -serial chardev:console
              -chardev socket,id=channel,path=channel.sock,server=on,wait=off -serial chardev:channel
@@ -274,7 +274,7 @@ impl Machine {
     /// Looks how far the boot is; fails when it is at an end.
     fn look(&mut self) -> Result<()> {
         if self.stage() < Stage::Linux {
-            let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
+            let console = self.console();
             let played = self.player.as_ref().map_or(Stage::Off, Player::stage);
             self.reached(stage::from_console(&console).max(played));
             ensure!(!stage::nothing_booted(&console), "the firmware found nothing that would boot");
@@ -289,13 +289,27 @@ impl Machine {
     pub fn wait_console<T>(&mut self, find: impl Fn(&str) -> Option<T>) -> Result<T> {
         let end = Instant::now() + self.timeout;
         loop {
-            let console = fs::read(self.dir.file("console.log")).unwrap_or_default();
-            if let Some(found) = find(&String::from_utf8_lossy(&console)) {
+            if let Some(found) = find(&self.console()) {
                 return Ok(found);
             }
             self.check_alive::<()>("its console output", &Wait::Pending, end)?;
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// Waits until the boot has come to `stage`.
+    pub fn wait_stage(&mut self, stage: Stage) -> Result<()> {
+        let end = Instant::now() + self.timeout;
+        while self.stage() < stage {
+            self.check_alive::<()>(&format!("{stage}"), &Wait::Pending, end)?;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// The console's text so far.
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.dir.file("console.log")).unwrap_or_default()).into_owned()
     }
 
     /// Waits until the guest's init takes commands.

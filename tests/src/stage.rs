@@ -43,10 +43,10 @@ impl fmt::Display for Stage {
 }
 
 /// The latest stage that left its mark on the console.
-pub fn from_console(console: &[u8]) -> Stage {
-    let has = |mark: &str| console.windows(mark.len()).any(|w| w == mark.as_bytes());
-    // The kernel's first line, or with "quiet" the firmware stub's.
-    if has("Linux version ") || has("Run /init as init process") {
+pub fn from_console(console: &str) -> Stage {
+    let has = |mark: &str| console.contains(mark);
+    // The kernel's first line; with "quiet" init's is the first.
+    if has("Linux version ") || has("init: ") {
         Stage::Linux
     } else if has("cordon") {
         Stage::Loader
@@ -59,8 +59,7 @@ pub fn from_console(console: &[u8]) -> Stage {
 
 /// Whether the firmware has run out of things to boot: it tries the next one when the loader refuses, and
 /// ends in its shell or in its menu.
-pub fn nothing_booted(console: &[u8]) -> bool {
-    let console = String::from_utf8_lossy(console);
+pub fn nothing_booted(console: &str) -> bool {
     ["UEFI Interactive Shell", "BdsDxe: No bootable option"].iter().any(|mark| console.contains(mark))
 }
 
@@ -94,13 +93,13 @@ mod tests {
 
     #[test]
     fn stages_come_in_their_order() {
-        assert_eq!(from_console(b""), Stage::Off);
-        assert_eq!(from_console(b"\x1b[2J"), Stage::Firmware);
-        assert_eq!(from_console(b"BdsDxe\r\ncordon: loader"), Stage::Loader);
+        assert_eq!(from_console(""), Stage::Off);
+        assert_eq!(from_console("\x1b[2J"), Stage::Firmware);
+        assert_eq!(from_console("BdsDxe\r\ncordon: loader"), Stage::Loader);
         assert!(
-            nothing_booted(b"\x1b[01;01HUEFI Interactive Shell v2.2") && !nothing_booted(b"BdsDxe: starting")
+            nothing_booted("\x1b[01;01HUEFI Interactive Shell v2.2") && !nothing_booted("BdsDxe: starting")
         );
-        assert_eq!(from_console(b"cordon: x\r\n[    0.0] Linux version 6"), Stage::Linux);
+        assert_eq!(from_console("cordon: x\r\n[    0.0] Linux version 6"), Stage::Linux);
     }
 
     #[test]

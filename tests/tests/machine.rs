@@ -1,5 +1,6 @@
 //! Tests on whole machines.
 
+use hv::failure::SlbError;
 use sha2::{Digest, Sha256};
 use tests::images;
 use tests::machine::{Boot, Firmware, Machine, Spec, Tpm};
@@ -57,6 +58,8 @@ mod native {
 mod drtm {
     use super::*;
     use tests::probe;
+    use tests::skinit::Fault;
+    use tests::stage::Stage;
 
     /// A machine whose SLB reports how it was entered, and its report.
     fn probe(spec: Spec) -> (Machine, std::collections::BTreeMap<&'static str, u32>) {
@@ -76,6 +79,40 @@ mod drtm {
     fn a_parked_processor_does_not_spoil_the_measurement() {
         let (machine, _) = probe(Spec { cpus: 2, ..Spec::default() });
         assert_eq!(machine.player().unwrap().launch().unwrap().refused, None);
+    }
+
+    fn start(fault: Option<Fault>) -> Machine {
+        images::build_initrd().expect("RAM disk");
+        Machine::start(&Spec { fault, ..Spec::default() }).expect("start")
+    }
+
+    #[test]
+    fn the_mle_starts_with_the_slb_as_it_was_measured() {
+        // An address inside the SLB is rounded down, so that fault is none.
+        for fault in [None, Some(Fault::SlbUnaligned)] {
+            let mut machine = start(fault);
+            if let Err(error) = machine.wait_stage(Stage::Mle) {
+                panic!("{error:#}\n{}", machine.diagnosis());
+            }
+            let launch = machine.player().unwrap().launch().unwrap();
+            assert_eq!((launch.refused.clone(), launch.intact), (None, Some(true)));
+            assert_eq!(launch.image, std::fs::read(tests::paths::slb()).unwrap());
+        }
+    }
+
+    #[test]
+    fn no_mle_starts_after_a_launch_that_pcr_17_does_not_show() {
+        for fault in [Fault::SlbLength, Fault::SlbChanged, Fault::TpmError] {
+            let mut machine = start(Some(fault));
+            let error = machine.wait_stage(Stage::Mle).expect_err("the MLE started").to_string();
+            let console = machine.console();
+            assert!(
+                error.contains("guest-reset") && !error.contains("triple"),
+                "{fault:?}: {error}\n{console}"
+            );
+            let number = SlbError::NotLaunched as u8;
+            assert!(console.contains(&format!("slb: error {number:05}")), "{fault:?}: {console}");
+        }
     }
 
     #[test]
