@@ -3,7 +3,7 @@
 //! The SLB stage calls [`acpi::copy_table`] and [`amd_vi::deny_all`]; the MLE goes on with
 //! [`amd_vi::AmdVi::take_over`]. Why the order of the register writes is what it is:
 //! `docs/adr/0001-closing-the-dma-window.md`.
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, feature = "model")), no_std)]
 // Tests may overflow: that is how they fail.
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
 #![forbid(unsafe_code)]
@@ -11,8 +11,8 @@
 pub mod acpi;
 pub mod amd_vi;
 pub mod ivrs;
-#[cfg(test)]
-mod model;
+#[cfg(any(test, feature = "model"))]
+pub mod model;
 pub mod pci;
 
 use hv::io::{Clock, Mmio, PhysMem, PortIo};

@@ -1,5 +1,15 @@
 //! A machine with AMD IOMMUs, for tests: registers, commands, caches that keep what they should have forgotten, an
 //! event log, and devices that try their DMA after every access of the software under test.
+#![allow(
+    clippy::arithmetic_side_effects,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::new_without_default,
+    clippy::panic,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a model stops its test by a panic, and its names say what they are"
+)]
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

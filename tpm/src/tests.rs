@@ -45,6 +45,21 @@ fn a_launch_on<M: Mmio + Clone>(mmio: M) -> Tpm<M, Ticks> {
     tpm
 }
 
+#[test]
+fn the_tpm_hashes_an_event_for_every_bank() {
+    let fifo = Fifo::new(launched());
+    let mut tpm = Tpm::attach(fifo.clone(), Ticks::default(), Locality::Two, Contention::LAUNCH).unwrap();
+    tpm.event(18, b"the policy").unwrap();
+    for alg in ALL {
+        let digest = crate::digest_of(alg, &[b"the policy"]).unwrap();
+        let value = extended(&Digest::zero(digest.bank()), &digest).unwrap();
+        assert_eq!(fifo.state().tpm.pcr(alg, 18), value);
+    }
+    tpm.acquire(Locality::Zero, Contention::LAUNCH).unwrap();
+    assert_eq!(tpm.event(18, b"late"), Err(Error::Refused { command: 0x13c, rc: 0x907 }));
+    assert!(matches!(tpm.event(18, &[0; 1024]), Err(Error::CommandSize { .. })));
+}
+
 fn launched() -> FakeTpm {
     let mut tpm = FakeTpm::with(&ALL);
     tpm.drtm(b"the block");

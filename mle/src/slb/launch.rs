@@ -234,3 +234,6 @@ impl<W: Mmio, C: Clock + Copy> Chip<W, C> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

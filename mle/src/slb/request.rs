@@ -99,7 +99,7 @@ pub struct Request {
     pub locality0_allowed: bool,
 }
 
-/// Where 4 KiB of SLRT may lie; both answers are needed before a byte of it is read.
+/// Where [`MAX_SIZE`] bytes of SLRT may lie; the answer is needed before a byte of it is read.
 pub fn slrt_range(address: u64, slb: &PhysRange, space: &Space) -> Result<PhysRange, Failure> {
     match PhysRange::new(address, MAX_SIZE as u64) {
         Some(range) if space.is_ram(&range) && !range.overlaps(slb) => Ok(range),
@@ -251,3 +251,6 @@ fn check_policy(policy: &[PolicyEntry]) -> Result<(), Failure> {
         Some(index) => fail(SlbError::Policy, index as u64),
     }
 }
+
+#[cfg(test)]
+mod tests;

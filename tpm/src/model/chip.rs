@@ -80,6 +80,7 @@ impl FakeTpm {
             0x17a => self.get_capability(command),
             0x17e => self.pcr_read(command),
             0x182 => self.pcr_extend(locality, command),
+            0x13c => self.pcr_event(locality, command),
             _ => response(0x8001, RC_COMMAND_CODE, &[]),
         }
     }
@@ -119,17 +120,8 @@ impl FakeTpm {
         assert_eq!(command[..2], [0x80, 2]);
         let pcr = be32(command, 10);
         assert_eq!(command[14..27], [0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0], "empty password");
-        // Spec: [PTP] "PCR Attributes".
-        let allowed = match pcr {
-            0..=16 | 23 => 0..=4,
-            17 | 18 => 2..=4,
-            19 => 2..=3,
-            20 => 1..=3,
-            21 | 22 => 2..=2,
-            _ => return response(0x8001, RC_VALUE, &[]),
-        };
-        if !allowed.contains(&locality) {
-            return response(0x8001, RC_LOCALITY, &[]);
+        if let Err(rc) = may_extend(pcr, locality) {
+            return response(0x8001, rc, &[]);
         }
         let mut rest = &command[31..];
         for _ in 0..be32(command, 27) {
@@ -144,6 +136,42 @@ impl FakeTpm {
         // Parameter size 0 and the answer to the empty password.
         response(0x8002, 0, &[0, 0, 0, 0, 0, 0, 1, 0, 0])
     }
+
+    fn pcr_event(&mut self, locality: u8, command: &[u8]) -> Vec<u8> {
+        assert_eq!(command[..2], [0x80, 2]);
+        let pcr = be32(command, 10);
+        assert_eq!(command[14..27], [0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0], "empty password");
+        let (length, data) = (u16::from_be_bytes([command[27], command[28]]), &command[29..]);
+        assert_eq!(usize::from(length), data.len());
+        if let Err(rc) = may_extend(pcr, locality) {
+            return response(0x8001, rc, &[]);
+        }
+        let mut digests = (self.banks.len() as u32).to_be_bytes().to_vec();
+        for (bank, pcrs) in &mut self.banks {
+            let digest = crate::digest_of(bank.alg, &[data]).unwrap_or(Digest::cap(*bank));
+            let value = &mut pcrs[pcr as usize];
+            *value = extend(value, &digest);
+            digests.extend(bank.alg.0.to_be_bytes());
+            digests.extend(digest.as_bytes());
+        }
+        let mut body = (digests.len() as u32).to_be_bytes().to_vec();
+        body.extend(digests);
+        body.extend([0, 0, 1, 0, 0]);
+        response(0x8002, 0, &body)
+    }
+}
+
+/// Spec: [PTP] "PCR Attributes".
+fn may_extend(pcr: u32, locality: u8) -> Result<(), u32> {
+    let allowed = match pcr {
+        0..=16 | 23 => 0..=4,
+        17 | 18 => 2..=4,
+        19 => 2..=3,
+        20 => 1..=3,
+        21 | 22 => 2..=2,
+        _ => return Err(RC_VALUE),
+    };
+    if allowed.contains(&locality) { Ok(()) } else { Err(RC_LOCALITY) }
 }
 
 /// For an algorithm that we cannot compute any change of the value will do.

@@ -73,8 +73,9 @@ extern "C" fn slb_main(base: u64, slrt_pointer: u64, tables: &mut Tables, measur
     load_tables(tables);
 
     let mut slrt = [0; MAX_SIZE];
+    let ivrs = &raw mut IVRS;
     // SAFETY: this function runs once and nobody else names the buffer.
-    let buffers = Buffers { slrt: &mut slrt, ivrs: unsafe { &mut *(&raw mut IVRS) } };
+    let buffers = Buffers { slrt: &mut slrt, ivrs: unsafe { &mut *ivrs } };
     match run(slrt_pointer, &layout, buffers) {
         Ok(launch) => {
             tables.allow_execute(&launch.image);
