@@ -9,7 +9,7 @@ override GUEST_CMD := $(value GUEST_CMD)
 override CMDLINE := $(value CMDLINE)
 export GUEST_CMD CMDLINE
 
-.PHONY: help setup build measure run bench lint test
+.PHONY: help setup build measure run bench lint test test-all
 help: ## This text
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 	@sed -n 's/^#@ \?//p' Makefile
@@ -29,7 +29,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   GUEST_CMD='...'  run this shell script as root in the guest instead, print its output and end with its
 #@                    status (make itself turns any status but 0 into 2, and names it; `bench run` does not)
 #@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
-#@   MEM=2048  SMP=1  RAM in MiB, CPUs
+#@   MEM=2048  SMP=2  RAM in MiB, CPUs
 #@   TPM=tis|crb      TPM interface (tis)
 #@   FIRMWARE=smm|plain  variables kept in SMM, or in the runtime driver (smm)
 #@   KERNEL= INITRD=  other files than Debian's kernel and the bench's RAM disk
@@ -62,3 +62,6 @@ lint: setup ## Formatting and lints of the host code and of the images
 test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test --workspace
 	$(CARGO) test -p tests --test machine -- --test-threads=2
+
+test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
+	$(CARGO) test -p tests --test machine -- --ignored --nocapture

@@ -98,7 +98,7 @@ impl Default for Spec {
         Self {
             boot: Boot::Cordon,
             memory: 2048,
-            cpus: 1,
+            cpus: 2,
             firmware: Firmware::Smm,
             tpm: Tpm::Tis,
             slb: paths::slb(),

@@ -48,7 +48,7 @@ struct Run {
     #[arg(long, env = "MEM", default_value_t = 2048)]
     memory: u32,
     /// CPUs.
-    #[arg(long, env = "SMP", default_value_t = 1)]
+    #[arg(long, env = "SMP", default_value_t = 2)]
     cpus: u32,
     /// TPM interface.
     #[arg(long, env = "TPM", value_enum, default_value_t = Tpm::Tis)]

@@ -117,7 +117,7 @@ mod drtm {
 
     #[test]
     fn an_slb_is_entered_as_the_architecture_says() {
-        let (machine, state) = probe(Spec::default());
+        let (machine, state) = probe(Spec { cpus: 1, ..Spec::default() });
         let launch = machine.player().unwrap().launch().unwrap();
         let base = u32::try_from(launch.base).unwrap();
         assert_eq!(launch.image, probe::slb());
@@ -144,5 +144,80 @@ mod drtm {
         assert_ne!(state["edx"], 0, "family and model");
         assert_ne!(state["ds read"].to_le_bytes(), *b"CORD", "DS reaches the SLB");
         assert_ne!(state["tpm access"] & 0x20, 0, "locality 2 is not to be had");
+    }
+}
+
+mod cordon {
+    use super::*;
+    use std::process::Command;
+    use tests::paths;
+
+    /// PCR values that `cordon predict` gives for the files and the command line of `spec`.
+    fn predicted(spec: &Spec) -> serde_json::Value {
+        let output = Command::new(env!("CARGO"))
+            .args(["run", "--quiet", "-p", "audit", "--bin", "cordon", "--", "predict", "--json", "--slb"])
+            .arg(&spec.slb)
+            .arg("--mle")
+            .arg(&spec.mle)
+            .arg("--kernel")
+            .arg(&spec.kernel)
+            .arg("--initrd")
+            .arg(&spec.initrd)
+            .args(["--cmdline", &spec.full_cmdline()])
+            .current_dir(paths::root())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut all: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        all["banks"]["sha256"]["pcrs"].take()
+    }
+
+    fn pcr(machine: &mut Machine, number: u32) -> String {
+        machine.check(&format!("cat /sys/class/tpm/tpm0/pcr-sha256/{number}")).unwrap().to_lowercase()
+    }
+
+    /// What any guest needs: its CPUs, its disk by DMA, variables that it can write, a way to turn off.
+    fn use_machine(spec: &Spec, machine: &mut Machine) {
+        assert_eq!(machine.check("nproc").unwrap(), spec.cpus.to_string());
+        let sum = machine.check("mount -t vfat /dev/sda1 /mnt && sha256sum </mnt/vmlinuz").unwrap();
+        assert!(sum.starts_with(&sha256(&std::fs::read(&spec.kernel).unwrap())), "{sum}");
+        // A boot entry: the kernel guards other names against removal. Attributes, then a load option with
+        // the description "B" and an empty device path.
+        let variable = "/sys/firmware/efi/efivars/Boot00C0-8be4df61-93ca-11d2-aa0d-00e098032b8c";
+        let bytes = "\\007\\0\\0\\0\\001\\0\\0\\0\\004\\0B\\0\\0\\0\\177\\377\\004\\0";
+        machine.check(&format!("printf '{bytes}' >{variable}; printf '{bytes}' | cmp - {variable}")).unwrap();
+        machine.check(&format!("rm {variable} && ! cat {variable}")).unwrap();
+    }
+
+    #[test]
+    fn a_guest_finds_the_predicted_measurements() {
+        let spec = Spec { cmdline: "cordon.test=\"a b\"".to_owned(), ..Spec::default() };
+        let mut machine = boot(spec.clone());
+        let expected = predicted(&spec);
+        assert_eq!(pcr(&mut machine, 17), expected["17"].as_str().unwrap());
+        assert_eq!(pcr(&mut machine, 18), expected["18"].as_str().unwrap());
+        use_machine(&spec, &mut machine);
+        machine.power_off().unwrap();
+    }
+
+    /// All machines there are; `make test-all` runs them.
+    #[test]
+    #[ignore = "takes ten minutes"]
+    fn every_machine_boots() {
+        for firmware in [Firmware::Smm, Firmware::Plain] {
+            for tpm in [Tpm::Tis, Tpm::Crb] {
+                for (cpus, memory) in [(1, 1024), (2, 2048), (4, 6144)] {
+                    let spec = Spec { firmware, tpm, cpus, memory, ..Spec::default() };
+                    println!("{firmware:?}, {tpm:?}, {cpus} CPUs, {memory} MiB");
+                    let mut machine = boot(spec.clone());
+                    let expected = predicted(&spec);
+                    if tpm == Tpm::Tis {
+                        assert_eq!(pcr(&mut machine, 18), expected["18"].as_str().unwrap());
+                    }
+                    use_machine(&spec, &mut machine);
+                    machine.power_off().unwrap();
+                }
+            }
+        }
     }
 }
