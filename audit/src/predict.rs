@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use hv::launch::{PCR_CODE, PCR_CONFIG, POLICY, event};
 use loader::image::{check_kernel, check_mle, check_slb};
 use serde_json::json;
