@@ -13,7 +13,7 @@ use crate::stage::Stage;
 const WORK: [(&str, &str); 5] = [
     ("500 processes", "i=0; while [ $i -lt 500 ]; do /bin/busybox true; i=$((i+1)); done"),
     ("copy 2 GB in memory", "dd if=/dev/zero of=/dev/null bs=1M count=2000 2>/dev/null"),
-    ("hash 64 MB", "head -c 64M /dev/zero | sha256sum"),
+    ("hash 64 MB", "head -c 67108864 /dev/zero | sha256sum"),
     ("read the disk", "echo 3 >/proc/sys/vm/drop_caches; cat /dev/sda >/dev/null"),
     (
         "100 EFI variable reads",

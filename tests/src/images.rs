@@ -69,12 +69,26 @@ pub fn build() -> Result<()> {
             .args(["build", "--release", "--target-dir"])
             .arg(&target_dir)
             .args(["--target", image.target, "-p", image.package, "--bin", image.binary])
+            .arg("--config")
+            .arg(without_paths(image.target)?)
             .status()
             .context("starting cargo")?;
         ensure!(status.success(), "cargo could not build {}", image.binary);
         initrd::write_whole(&(image.copy)(), &fs::read(&made).with_context(|| made.display().to_string())?)?;
     }
     Ok(())
+}
+
+/// Flags that keep the paths of this checkout and of cargo's sources out of the images, so that whoever builds them
+/// anywhere gets the same bytes. They are added to those of the project's own configuration.
+fn without_paths(target: &str) -> Result<String> {
+    let cargo_home = env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::home_dir().map(|home| home.join(".cargo")))
+        .context("no home folder")?;
+    let flags = [(paths::root(), "/cordon"), (cargo_home, "/cargo")]
+        .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
+    Ok(format!("target.{target}.rustflags={flags:?}"))
 }
 
 /// Builds the RAM disk, if it is not there or older than the bench.
