@@ -31,6 +31,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
 #@   MEM=2048  SMP=2  RAM in MiB, CPUs
 #@   TPM=tis|crb      TPM interface (tis)
+#@   BANKS=sha256     active PCR banks of the TPM, e.g. sha1,sha256,sha384,sha512
 #@   FIRMWARE=smm|plain  variables kept in SMM, or in the runtime driver (smm)
 #@   KERNEL= INITRD=  other files than Debian's kernel and the bench's RAM disk
 #@   CMDLINE=         words to add to the kernel command line

@@ -67,6 +67,9 @@ pub struct Spec {
     pub firmware: Firmware,
     /// TPM interface.
     pub tpm: Tpm,
+    /// The TPM's active PCR banks, separated by commas. SHA-256 alone is how machines are sold; each more is one more
+    /// hash of all that is measured.
+    pub banks: String,
     /// Secure loader block.
     pub slb: PathBuf,
     /// MLE image.
@@ -101,6 +104,7 @@ impl Default for Spec {
             cpus: 2,
             firmware: Firmware::Smm,
             tpm: Tpm::Tis,
+            banks: "sha256".to_owned(),
             slb: paths::slb(),
             mle: paths::mle(),
             kernel: paths::kernel(),
@@ -211,7 +215,7 @@ impl Machine {
         fs::copy(variables, dir.file("vars.fd"))
             .with_context(|| format!("{variables}: is ovmf installed?"))?;
         esp::build(&dir.file("esp.img"), &spec.disk())?;
-        let tpm = Swtpm::start(&dir)?;
+        let tpm = Swtpm::start(&dir, &spec.banks)?;
         let mut command = child::command("qemu-system-x86_64");
         command.current_dir(dir.path()).args(spec.qemu_arguments());
         if spec.console == Console::Log {

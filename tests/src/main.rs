@@ -53,6 +53,9 @@ struct Run {
     /// TPM interface.
     #[arg(long, env = "TPM", value_enum, default_value_t = Tpm::Tis)]
     tpm: Tpm,
+    /// Active PCR banks of the TPM.
+    #[arg(long, env = "BANKS", default_value = "sha256")]
+    banks: String,
     /// Firmware build.
     #[arg(long, env = "FIRMWARE", value_enum, default_value_t = Firmware::Smm)]
     firmware: Firmware,
@@ -102,6 +105,7 @@ impl Run {
             cpus: self.cpus,
             firmware: self.firmware,
             tpm: self.tpm,
+            banks: self.banks.clone(),
             kernel: self.kernel.clone().unwrap_or_else(paths::kernel),
             initrd: self.initrd.clone().unwrap_or_else(paths::initrd),
             cmdline: self.cmdline.clone(),

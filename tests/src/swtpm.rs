@@ -10,6 +10,7 @@ use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -43,9 +44,17 @@ pub struct Swtpm {
 pub struct Control(Arc<Mutex<UnixStream>>);
 
 impl Swtpm {
-    /// Starts a fresh TPM with its state in `dir`, and the proxy at the socket `tpm.sock`.
-    pub fn start(dir: &RunDir) -> Result<Self> {
+    /// Starts a fresh TPM with its state in `dir`, and the proxy at the socket `tpm.sock`. `banks` are its active PCR
+    /// banks, separated by commas.
+    pub fn start(dir: &RunDir, banks: &str) -> Result<Self> {
         std::fs::create_dir(dir.file("tpm"))?;
+        let made = Command::new("swtpm_setup")
+            .current_dir(dir.path())
+            .args(["--tpm2", "--tpmstate", "tpm", "--pcr-banks", banks])
+            .output()
+            .context("starting swtpm_setup")?;
+        let said = String::from_utf8_lossy(&made.stdout);
+        ensure!(made.status.success(), "swtpm_setup with PCR banks {banks}: {}", said.trim());
         let mut command = child::command("swtpm");
         command.current_dir(dir.path()).args([
             "socket",

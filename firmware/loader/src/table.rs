@@ -109,7 +109,6 @@ mod tests {
     use hv::launch::policy_difference;
     use hv::launch::{MLE_MAGIC, SLB_MAGIC};
     use hv::slrt::Slrt;
-    use zerocopy::IntoBytes;
 
     fn blob(base: u64, size: u64) -> Blob {
         Blob { base: base.into(), size: size.into() }
