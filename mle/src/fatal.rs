@@ -6,8 +6,6 @@
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use hv::io::PortIo;
-
 use crate::metal::{Ports, Serial};
 use crate::trap::Frame;
 
@@ -25,6 +23,15 @@ pub fn stop(why: fmt::Arguments<'_>) -> ! {
     reset(ports)
 }
 
+/// Ends the launch as the guest wants it, or has it coming: says `why`, caps the PCRs, resets.
+pub fn end_by_guest(ports: Ports, why: fmt::Arguments<'_>) -> ! {
+    if !STOPPING.swap(true, Ordering::AcqRel) {
+        let _ = writeln!(Serial(ports), "cordon: guest ends: {why}");
+        crate::measure::cap();
+    }
+    reset(ports)
+}
+
 /// Handler of the MLE's own exceptions.
 pub fn exception(frame: &Frame) -> ! {
     let cr2: u64;
@@ -36,23 +43,10 @@ pub fn exception(frame: &Frame) -> ! {
     ))
 }
 
-/// Resets the machine: the reset control register, then the keyboard controller, then a triple fault.
+/// Resets the machine: by the ports that do so, or else by a triple fault.
 pub fn reset(ports: Ports) -> ! {
-    const RESET_CONTROL: u16 = 0xcf9;
-    const KEYBOARD: u16 = 0x64;
-    ports.out8(RESET_CONTROL, 0x02);
-    ports.out8(RESET_CONTROL, 0x06);
-    wait(ports);
-    ports.out8(KEYBOARD, 0xfe);
-    wait(ports);
+    crate::slb::stop::reset(&ports);
     let nowhere = [0u8; 10];
     // SAFETY: an empty IDT makes the next exception a shutdown, which is the wish.
     unsafe { core::arch::asm!("lidt [{}]", "ud2", in(reg) nowhere.as_ptr(), options(noreturn)) }
-}
-
-/// Some milliseconds, without a clock: port 80h takes about a microsecond.
-fn wait(ports: Ports) {
-    for _ in 0..50_000 {
-        ports.out8(0x80, 0);
-    }
 }

@@ -13,7 +13,7 @@ use crate::cpu::{self, Cpu};
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
 use crate::metal::{PhysWindow, Ports, TscClock};
-use crate::{fatal, measure, services, smp};
+use crate::{fatal, services, smp};
 
 /// Exits of each CPU, by kind.
 static EXITS: [[AtomicU64; Exit::KINDS]; smp::MAX_CPUS] =
@@ -127,13 +127,12 @@ pub fn guest(
             }
             Next::Firmware => match services::call(cpu, vcpu, local.id(), ports) {
                 services::Next::Resume => {}
-                services::Next::Reset(_) => {
-                    // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
-                    measure::cap();
-                    fatal::reset(ports)
+                // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
+                services::Next::Reset(kind) => {
+                    fatal::end_by_guest(ports, format_args!("ResetSystem, {kind:?}"))
                 }
             },
-            Next::Shutdown => fatal::reset(ports),
+            Next::Shutdown => fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}")),
             Next::Fatal(exit) => {
                 fatal::stop(format_args!("guest exit: {exit}; {}", cpu::describe(vcpu)));
             }
