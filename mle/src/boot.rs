@@ -317,25 +317,14 @@ fn copy(mem: &impl PhysMem, from: u64, to: u64, len: u64) -> Result<(), BootErro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use core::cell::RefCell;
     use firmware::linux::HEADER_BYTES;
     use hv::radix::ENTRIES;
+
+    use crate::fake::Ram;
 
     const MIB: u64 = 1 << 20;
     const RAM: usize = 64 << 20;
 
-    /// RAM from 0; page tables for the guest are written into it too.
-    struct Ram(RefCell<Vec<u8>>);
-    impl PhysMem for Ram {
-        fn read(&self, addr: u64, out: &mut [u8]) -> bool {
-            let at = addr as usize;
-            self.0.borrow().get(at..at + out.len()).map(|b| out.copy_from_slice(b)).is_some()
-        }
-        fn write(&self, addr: u64, data: &[u8]) -> bool {
-            let at = addr as usize;
-            self.0.borrow_mut().get_mut(at..at + data.len()).map(|b| b.copy_from_slice(data)).is_some()
-        }
-    }
     struct Pool<'a>(&'a Ram, u64);
     impl TablePool for Pool<'_> {
         fn alloc(&mut self) -> Option<u64> {
@@ -451,7 +440,7 @@ mod tests {
     #[test]
     fn the_guest_starts_with_what_was_loaded() {
         let (inputs, map, kernel) = (inputs(), map(), kernel());
-        let ram = Ram(RefCell::new(vec![0; RAM]));
+        let ram = Ram::new(RAM);
         ram.write(inputs.cmdline.unwrap().start(), b"quiet x");
         ram.write(inputs.kernel.start() + 5 * 512, b"first byte of the protected-mode code");
         let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE).unwrap();

@@ -1,5 +1,8 @@
-//! A virtual CPU for tests.
+//! A virtual CPU and memory for tests.
 
+use core::cell::RefCell;
+
+use hv::io::PhysMem;
 use hv::vcpu::{Control, Exception, Gprs, Vcpu};
 
 /// Registers and what was done to them.
@@ -64,5 +67,29 @@ impl Vcpu for FakeVcpu {
     }
     fn flush_nested(&mut self) {
         self.flushes += 1;
+    }
+}
+
+/// RAM from address 0.
+pub struct Ram(RefCell<Vec<u8>>);
+
+impl Ram {
+    pub fn new(size: usize) -> Self {
+        Self(RefCell::new(vec![0; size]))
+    }
+
+    pub fn set(&self, at: u64, entry: u64) {
+        assert!(self.write(at, &entry.to_le_bytes()));
+    }
+}
+
+impl PhysMem for Ram {
+    fn read(&self, addr: u64, out: &mut [u8]) -> bool {
+        let at = addr as usize;
+        self.0.borrow().get(at..at + out.len()).map(|b| out.copy_from_slice(b)).is_some()
+    }
+    fn write(&self, addr: u64, data: &[u8]) -> bool {
+        let at = addr as usize;
+        self.0.borrow_mut().get_mut(at..at + data.len()).map(|b| b.copy_from_slice(data)).is_some()
     }
 }

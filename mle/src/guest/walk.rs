@@ -111,33 +111,16 @@ impl<M: PhysMem> GuestMem for GuestView<'_, M> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use core::cell::RefCell;
     use hv::space::Kind;
 
-    /// RAM from 0, one MiB of it.
-    struct Ram(RefCell<Vec<u8>>);
-    impl PhysMem for Ram {
-        fn read(&self, addr: u64, out: &mut [u8]) -> bool {
-            let at = addr as usize;
-            self.0.borrow().get(at..at + out.len()).map(|b| out.copy_from_slice(b)).is_some()
-        }
-        fn write(&self, addr: u64, data: &[u8]) -> bool {
-            let at = addr as usize;
-            self.0.borrow_mut().get_mut(at..at + data.len()).map(|b| b.copy_from_slice(data)).is_some()
-        }
-    }
-    impl Ram {
-        fn set(&self, at: u64, entry: u64) {
-            assert!(self.write(at, &entry.to_le_bytes()));
-        }
-    }
+    use crate::fake::Ram;
 
     const MLE: u64 = 0x8_0000;
 
     /// Tables at 1000h: 4 KiB pages at va 40_0000h, the first writable, the second not, the third the MLE's; a large
     /// page at va 60_0000h.
     fn bench() -> (Ram, AddressSpace) {
-        let ram = Ram(RefCell::new(vec![0; 0x10_0000]));
+        let ram = Ram::new(0x10_0000);
         ram.set(0x1000, 0x2003);
         ram.set(0x2000, 0x3003);
         ram.set(0x3000 + 2 * 8, 0x4003);
