@@ -192,8 +192,8 @@ mod cordon {
     #[test]
     fn a_guest_finds_the_predicted_measurements() {
         let spec = Spec { cmdline: "cordon.test=\"a b\"".to_owned(), ..Spec::default() };
-        let mut machine = boot(spec.clone());
         let expected = predicted(&spec);
+        let mut machine = boot(spec.clone());
         assert_eq!(pcr(&mut machine, 17), expected["17"].as_str().unwrap());
         assert_eq!(pcr(&mut machine, 18), expected["18"].as_str().unwrap());
         use_machine(&spec, &mut machine);
@@ -209,8 +209,8 @@ mod cordon {
                 for (cpus, memory) in [(1, 1024), (2, 2048), (4, 6144)] {
                     let spec = Spec { firmware, tpm, cpus, memory, ..Spec::default() };
                     println!("{firmware:?}, {tpm:?}, {cpus} CPUs, {memory} MiB");
-                    let mut machine = boot(spec.clone());
                     let expected = predicted(&spec);
+                    let mut machine = boot(spec.clone());
                     if tpm == Tpm::Tis {
                         assert_eq!(pcr(&mut machine, 18), expected["18"].as_str().unwrap());
                     }
