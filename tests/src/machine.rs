@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use serde_json::json;
 
 use crate::channel::{Channel, Output, Wait};
 use crate::child::{self, Guarded};
@@ -353,6 +354,23 @@ impl Machine {
         let output = self.run(script)?;
         ensure!(output.status == 0, "`{script}` ended with {}: {}", output.status, output.text());
         Ok(output.text())
+    }
+
+    /// Physical memory as the machine itself has it, past all its protections.
+    pub fn memory(&mut self, at: u64, length: usize) -> Result<Vec<u8>> {
+        let file = self.dir.file("memory");
+        // Not the file of an earlier call.
+        let _ = fs::remove_file(&file);
+        let arguments = json!({ "val": at, "size": length, "filename": "memory" });
+        self.qmp.execute_with("pmemsave", &arguments)?;
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            match fs::read(&file) {
+                Ok(bytes) if bytes.len() == length => return Ok(bytes),
+                _ => self.check_alive::<()>("the memory's content", &Wait::Pending, end)?,
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Output of a command that has not ended.

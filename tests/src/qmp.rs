@@ -1,4 +1,4 @@
-//! QEMU's control protocol, as far as the bench needs it: why a machine ended.
+//! QEMU's control protocol, as far as the bench needs it: commands, and why a machine ended.
 //!
 //! Spec: QEMU "QMP Reference Manual".
 
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A connection that collects events.
 pub struct Qmp {
@@ -37,7 +37,12 @@ impl Qmp {
 
     /// Sends a command without arguments, and does not wait for its effect.
     pub fn execute(&mut self, command: &str) -> Result<()> {
-        writeln!(self.stream, "{{\"execute\":\"{command}\"}}").context("QMP")
+        self.execute_with(command, &json!({}))
+    }
+
+    /// Sends a command, and does not wait for its effect.
+    pub fn execute_with(&mut self, command: &str, arguments: &Value) -> Result<()> {
+        writeln!(self.stream, "{}", json!({ "execute": command, "arguments": arguments })).context("QMP")
     }
 
     /// Why the machine was last reset or shut down, in QEMU's words.

@@ -1,0 +1,605 @@
+//! Attacks of a guest's root user on the measured machine: `docs/attacks.md`.
+//!
+//! Each attack runs twice, by the same commands at the same addresses: under Cordon, where it must fail, and on the same
+//! machine without Cordon, where it must succeed.
+
+mod guest;
+mod tamper;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{fs, thread};
+
+use firmware::service::Service;
+use guest::Ring0;
+use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
+use tests::machine::{Boot, Machine, Spec};
+use tests::{images, paths};
+use zerocopy::FromBytes;
+
+/// RAM that Linux leaves alone, for devices to write and /dev/mem to show.
+const SCRATCH: u64 = 0x1000_0000;
+/// Status of a process that a signal ended: SIGILL, SIGSEGV.
+const SIGILL: i32 = 128 + 4;
+const SIGSEGV: i32 = 128 + 11;
+/// Exceptions.
+const UD: Ring0 = Ring0::Exception(6);
+const GP: Ring0 = Ring0::Exception(13);
+
+/// One of the two machines under attack, and where things are on the one with Cordon.
+struct Target {
+    machine: Machine,
+    places: Places,
+    protected: bool,
+}
+
+/// Addresses of what Cordon protects.
+#[derive(Clone, Debug)]
+struct Places {
+    mle: u64,
+    mle_size: u64,
+    slb: u64,
+    launch_page: u64,
+    /// First and last byte of each piece of EFI runtime code and data.
+    runtime: Vec<(u64, u64)>,
+}
+
+fn boot(spec: &Spec) -> Machine {
+    images::build_initrd().expect("RAM disk");
+    let mut machine = Machine::start(spec).expect("start");
+    if let Err(error) = machine.wait_ready() {
+        panic!("{error:#}\n{}", machine.diagnosis());
+    }
+    machine
+}
+
+/// A machine whose kernel lets root use the registers of devices that have drivers, and with a device that does DMA
+/// on command. `reserved` is memory that Linux is to leave alone, so that /dev/mem shows it.
+fn spec(boot: Boot, reserved: &[(u64, u64)]) -> Spec {
+    // Natively Linux' own IOMMU driver would stop the device.
+    let mut cmdline = "iomem=relaxed msr.allow_writes=on amd_iommu=off".to_owned();
+    for (base, size) in [(SCRATCH, 0x1_0000)].iter().chain(reserved) {
+        cmdline.push_str(&format!(" memmap={size:#x}${base:#x}"));
+    }
+    let qemu_args = ["-device", "edu,dma_mask=0xffffffff"].map(str::to_owned).to_vec();
+    Spec { boot, cmdline, qemu_args, ..Spec::default() }
+}
+
+/// The number in hexadecimal that follows the first `before` in `text`.
+fn number_after(text: &str, before: &str) -> u64 {
+    let (_, rest) = text.split_once(before).unwrap_or_else(|| panic!("no {before:?} in {text}"));
+    let digits: String = rest.chars().take_while(char::is_ascii_hexdigit).collect();
+    u64::from_str_radix(&digits, 16).unwrap_or_else(|_| panic!("no number after {before:?}"))
+}
+
+impl Places {
+    /// From what the loader says on the console, and the event log.
+    fn find(machine: &mut Machine) -> Self {
+        let console = machine.console();
+        let at = |line: &str| {
+            let (_, rest) = console.split_once(line).unwrap_or_else(|| panic!("no {line:?} on the console"));
+            number_after(rest, "at 0x")
+        };
+        let image = fs::read(paths::mle()).unwrap();
+        let (header, _) = MleHeader::read_from_prefix(&image).unwrap();
+        let log = machine.run("cat /sys/firmware/efi/efivars/DrtmLog-*").unwrap().bytes;
+        let log = String::from_utf8_lossy(&log).into_owned();
+        let runtime = log
+            .split("runtime ")
+            .skip(1)
+            .map(|name| (number_after(name, "0x"), number_after(name.split_once('-').unwrap().1, "0x")))
+            .collect::<Vec<_>>();
+        assert!(!runtime.is_empty(), "the log names no runtime regions");
+        Self {
+            mle: at("cordon-mle "),
+            mle_size: header.region_size.get(),
+            slb: at("cordon-slb "),
+            launch_page: at("cordon: SKINIT ") & !0xfff,
+            runtime,
+        }
+    }
+
+    /// What nobody but Cordon may reach: memory of each kind, at its ends and inside.
+    fn closed(&self) -> Vec<u64> {
+        // devmem maps two pages for an access to the last 31 bytes of one.
+        let end = |base: u64, size: u64| base + size - 0x20;
+        let (mle, size) = (self.mle, self.mle_size);
+        let image = fs::metadata(paths::mle()).unwrap().len();
+        let mut places =
+            vec![mle, mle + (image & !0xfff), mle + size / 2, mle + size - (4 << 20), end(mle, size)];
+        places.extend([self.slb, self.slb + SLB_SIZE / 2, end(self.slb, SLB_SIZE)]);
+        places.extend([self.launch_page, end(self.launch_page, LAUNCH_PAGE_SIZE)]);
+        for &(first, last) in &self.runtime {
+            places.extend([first, end(first, last - first + 1)]);
+        }
+        places
+    }
+}
+
+/// An access to physical memory through /dev/mem.
+#[derive(Clone, Copy, Debug)]
+struct Access {
+    at: u64,
+    bits: u32,
+    write: Option<u64>,
+    cpu: u32,
+}
+
+impl Access {
+    fn read(at: u64) -> Self {
+        Self { at, bits: 32, write: None, cpu: 0 }
+    }
+
+    fn write(at: u64, value: u64) -> Self {
+        Self { write: Some(value), ..Self::read(at) }
+    }
+
+    fn bits(self, bits: u32) -> Self {
+        Self { bits, ..self }
+    }
+}
+
+/// Does `accesses`; for each the value read (0 for a write), or the status with which the process ended.
+fn access(machine: &mut Machine, accesses: &[Access]) -> Vec<Result<u64, i32>> {
+    let mut script = "exec 2>/dev/null\n".to_owned();
+    for a in accesses {
+        let value = a.write.map(|v| format!(" {v:#x}")).unwrap_or_default();
+        let mask = 1 << a.cpu;
+        script.push_str(&format!(
+            "value=$(taskset {mask:x} devmem {:#x} {}{value}); echo \"$? $value\"\n",
+            a.at, a.bits
+        ));
+    }
+    let output = machine.check(&script).unwrap();
+    let results: Vec<_> = output
+        .lines()
+        .map(|line| {
+            let (status, value) = line.split_once(' ').unwrap_or((line, ""));
+            match status {
+                "0" if value.is_empty() => Ok(0),
+                "0" => Ok(u64::from_str_radix(value.trim_start_matches("0x"), 16).unwrap()),
+                _ => Err(status.parse().unwrap()),
+            }
+        })
+        .collect();
+    assert_eq!(results.len(), accesses.len(), "{output}");
+    results
+}
+
+fn read(machine: &mut Machine, at: u64) -> u64 {
+    access(machine, &[Access::read(at).bits(64)])[0].unwrap_or_else(|s| panic!("read of {at:#x}: status {s}"))
+}
+
+fn write(machine: &mut Machine, at: u64, value: u64) {
+    let result = access(machine, &[Access::write(at, value).bits(64)])[0];
+    assert_eq!(result, Ok(0), "write of {at:#x}");
+}
+
+/// How many accesses Cordon has refused, and its record of the last ones.
+fn refused(machine: &mut Machine) -> (u64, String) {
+    let status = machine.check("tail -c +5 /sys/firmware/efi/efivars/Status-*").unwrap();
+    let (_, report) = status.split_once("refused accesses: ").expect("a count");
+    let (count, last) = report.split_once('\n').unwrap_or((report, ""));
+    (count.trim().parse().unwrap(), last.to_owned())
+}
+
+/// Tries to reach what must not be reached: each access ends its process, and is in Cordon's record.
+fn all_refused(machine: &mut Machine, accesses: &[Access]) {
+    // As many as the record holds in full.
+    for some in accesses.chunks(8) {
+        let (before, _) = refused(machine);
+        let results = access(machine, some);
+        let (after, last) = refused(machine);
+        for (access, result) in some.iter().zip(results) {
+            let what = if access.write.is_some() { "Write" } else { "Read" };
+            assert_eq!(result, Err(SIGSEGV), "{access:x?}");
+            let record = format!("cpu{} {what} of {:#x} at", access.cpu, access.at);
+            assert!(last.contains(&record), "no {record:?} in {last}");
+        }
+        assert_eq!(after - before, some.len() as u64, "{last}");
+    }
+}
+
+/// Reads and writes what must not be reached. Where nothing protects it, what is written is there.
+fn memory(target: &mut Target) {
+    let Target { machine, places, protected } = target;
+    let closed = places.closed();
+    if !*protected {
+        for at in closed {
+            let old = access(machine, &[Access::read(at)])[0].unwrap_or_else(|s| panic!("{at:#x}: {s}"));
+            // Put back at once: some of it is in use.
+            let other = old ^ 0xffff_ffff;
+            let results =
+                access(machine, &[Access::write(at, other), Access::read(at), Access::write(at, old)]);
+            assert_eq!(results[1], Ok(other), "{at:#x}: {results:x?}");
+        }
+        return;
+    }
+    // The addresses are right: the MLE is there.
+    let image = fs::read(paths::mle()).unwrap();
+    assert_eq!(machine.memory(places.mle, 32).unwrap(), image[..32]);
+    let before: Vec<_> = closed.iter().map(|&at| machine.memory(at, 4).unwrap()).collect();
+    let mut accesses = Vec::new();
+    for cpu in 0..2 {
+        for &at in &closed {
+            accesses.push(Access { cpu, ..Access::read(at) });
+            accesses.push(Access { cpu, ..Access::write(at, 0x5a5a_a5a5) });
+        }
+    }
+    all_refused(machine, &accesses);
+    for (at, before) in closed.iter().zip(before) {
+        let now = machine.memory(*at, 4).unwrap();
+        // The MLE works in its own memory, but none of it becomes what was to be written.
+        assert_ne!(now, 0x5a5a_a5a5_u32.to_le_bytes(), "{at:#x}, {before:x?} before");
+    }
+    assert_eq!(machine.memory(places.mle, 32).unwrap(), image[..32]);
+    // The page after the launch page is the guest's.
+    read(machine, places.launch_page + LAUNCH_PAGE_SIZE);
+}
+
+/// Takes locality 2 of the TPM, from which PCR 17 to 22 can be extended and reset.
+fn tpm_locality(target: &mut Target) {
+    const ACCESS: u64 = 0xfed4_0000;
+    const REQUEST: u64 = 0x02;
+    const ACTIVE: u64 = 0x20;
+    const VALID: u64 = 0x80;
+    let machine = &mut target.machine;
+    // Localities 0 and 1 are anybody's.
+    for locality in 0..2 {
+        let value = access(machine, &[Access::read(ACCESS + locality * 0x1000).bits(8)])[0].unwrap();
+        assert_ne!(value & VALID, 0, "locality {locality}: {value:x}");
+    }
+    let page = |locality: u64| ACCESS + locality * 0x1000;
+    if target.protected {
+        let tries: Vec<_> = (2..5)
+            .flat_map(|l| [Access::read(page(l)).bits(8), Access::write(page(l), REQUEST).bits(8)])
+            .collect();
+        all_refused(machine, &tries);
+    } else {
+        let tries = [Access::write(page(2), REQUEST), Access::read(page(2)), Access::write(page(2), ACTIVE)];
+        let results = access(machine, &tries.map(|a| a.bits(8)));
+        assert!(results[1].is_ok_and(|v| v & (VALID | ACTIVE) == VALID | ACTIVE), "{results:x?}");
+    }
+}
+
+/// Reads and writes registers of the IOMMU: device table base, control, command queue, last register.
+fn iommu_registers(target: &mut Target) {
+    let machine = &mut target.machine;
+    for register in [0xfed8_0000, 0xfed8_0018, 0xfed8_2008, 0xfed8_3ff8] {
+        if target.protected {
+            all_refused(machine, &[Access::read(register), Access::write(register, 0)]);
+        } else {
+            let value = access(machine, &[Access::read(register)])[0].unwrap();
+            assert_eq!(access(machine, &[Access::write(register, value)])[0], Ok(0));
+        }
+    }
+}
+
+const EFER: u32 = 0xc000_0080;
+const SVME: u64 = 1 << 12;
+
+/// RDMSR on a CPU; `None` when it faults.
+fn rdmsr(machine: &mut Machine, cpu: u32, index: u32) -> Option<u64> {
+    let device = format!("/dev/cpu/{cpu}/msr");
+    let output =
+        machine.run(&format!("dd if={device} bs=8 count=1 iflag=skip_bytes skip={index} status=none"));
+    let output = output.unwrap();
+    match output.status {
+        0 => Some(u64::from_le_bytes(output.bytes.try_into().unwrap())),
+        _ => {
+            assert!(output.text().contains("Input/output error"), "{}", output.text());
+            None
+        }
+    }
+}
+
+/// WRMSR on a CPU; whether it does not fault.
+fn wrmsr(machine: &mut Machine, cpu: u32, index: u32, value: u64) -> bool {
+    let bytes: String = value.to_le_bytes().iter().map(|b| format!("\\x{b:02x}")).collect();
+    let device = format!("/dev/cpu/{cpu}/msr");
+    let output = machine
+        .run(&format!(
+            "printf '{bytes}' | dd of={device} bs=8 count=1 conv=notrunc oflag=seek_bytes seek={index} status=none"
+        ))
+        .unwrap();
+    assert!(output.status == 0 || output.text().contains("Input/output error"), "{}", output.text());
+    output.status == 0
+}
+
+/// Uses the registers that would end Cordon's control of the CPU.
+fn msrs(target: &mut Target) {
+    let Target { machine, protected, .. } = target;
+    let protected = *protected;
+    for cpu in 0..2 {
+        // Register, the bits to change, whether reading it faults too.
+        for (name, index, bits, absent) in [
+            ("EFER.SVME", EFER, SVME, false),
+            ("APIC_BASE, address", 0x1b, 1 << 20, false),
+            ("APIC_BASE, x2APIC mode", 0x1b, 1 << 10, false),
+            ("TSC ratio", 0xc000_0104, 1 << 32, true),
+            ("SYSCFG.TOM2", 0xc001_0010, 1 << 21, false),
+            ("SYSCFG, memory encryption", 0xc001_0010, 1 << 23, false),
+            ("HWCR.SmmLock", 0xc001_0015, 1, false),
+            ("IORR", 0xc001_0016, 1 << 20, false),
+            ("TOP_MEM", 0xc001_001a, 1 << 24, false),
+            ("TOM2", 0xc001_001d, 1 << 24, false),
+            ("PATCH_LOADER", 0xc001_0020, 1 << 12, true),
+            ("SMI on I/O", 0xc001_0050, 0xb2, false),
+            ("MMIO configuration base", 0xc001_0058, 1 << 28, false),
+            ("SMM_BASE", 0xc001_0111, 1 << 16, false),
+            ("SMM_ADDR", 0xc001_0112, 1 << 17, false),
+            ("SMM_MASK", 0xc001_0113, 1, false),
+            ("VM_CR", 0xc001_0114, 2, true),
+            ("VM_HSAVE_PA", 0xc001_0117, SCRATCH, true),
+            ("SMM_KEY", 0xc001_0119, 1, true),
+            ("SEV_STATUS", 0xc001_0131, 1, true),
+            ("CPUID override", 0xc001_1004, 1, false),
+        ] {
+            let old = rdmsr(machine, cpu, index);
+            assert_eq!(old.is_none(), protected && absent, "RDMSR of {name} on CPU {cpu}: {old:x?}");
+            let old = old.unwrap_or(0);
+            let done = wrmsr(machine, cpu, index, old ^ bits);
+            assert_eq!(done, !protected, "WRMSR of {name} on CPU {cpu}");
+            if done {
+                wrmsr(machine, cpu, index, old);
+            } else if !absent {
+                assert_eq!(rdmsr(machine, cpu, index), Some(old), "{name}");
+            }
+        }
+        assert_eq!(rdmsr(machine, cpu, EFER).unwrap() & SVME, 0, "EFER.SVME shows");
+        // A register of the guest's can be read and written: the way there is not what fails.
+        let sysenter = rdmsr(machine, cpu, 0x174).unwrap();
+        assert!(wrmsr(machine, cpu, 0x174, sysenter));
+    }
+}
+
+/// Puts a file into the guest.
+fn send(machine: &mut Machine, path: &str, bytes: &[u8]) {
+    let text: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    machine.check(&format!("xxd -r -p >{path} <<'END'\n{text}\nEND\nchmod +x {path}")).unwrap();
+}
+
+fn run_program(machine: &mut Machine, program: &[u8]) -> (i32, Vec<u8>) {
+    send(machine, "/tmp/program", program);
+    let output = machine.run("/tmp/program 2>/dev/null").unwrap();
+    (output.status, output.bytes)
+}
+
+/// Looks for SVM, and for who is in control.
+fn cpuid(target: &mut Target) {
+    let machine = &mut target.machine;
+    let (status, signature) = run_program(machine, &guest::signature());
+    assert_eq!(status, 0);
+    let svm = machine.run("grep -qw svm /proc/cpuinfo").unwrap().status == 0;
+    assert_eq!((signature == b"CordonMLE   ", svm), (target.protected, !target.protected));
+}
+
+/// Page offset of a service's hypercall in Cordon's thunk page.
+fn hypercall_at(service: Service) -> usize {
+    (0..4096).find(|&at| firmware::tables::service_at(at as u64) == Some(service)).expect("a thunk")
+}
+
+/// Makes hypercalls from a program: right number, right page offset, but at CPL 3.
+fn hypercalls_of_programs(target: &mut Target) {
+    let service = Service::ResetSystem;
+    let program = guest::hypercall(service.hypercall(), hypercall_at(service));
+    // A CPU without SVM knows no such instruction either.
+    assert_eq!(run_program(&mut target.machine, &program).0, SIGILL);
+    // The same program, doing nothing instead.
+    let at = program.windows(3).position(|w| w == guest::VMMCALL).unwrap();
+    let mut harmless = program;
+    harmless[at..at + 3].copy_from_slice(&[0x90; 3]);
+    assert_eq!(run_program(&mut target.machine, &harmless).0, 0);
+}
+
+/// Runs instructions at CPL 0, with the page at `page` mapped for them.
+fn ring0(machine: &mut Machine, page: u64, slot: &[u8]) -> Ring0 {
+    let base = fs::read(paths::modules().join("nls_ascii.ko")).unwrap();
+    send(machine, "/tmp/attack.ko", &guest::module(&base, slot));
+    let (status, bytes) = run_program(machine, &guest::loader(page));
+    assert_eq!(status, 0);
+    Ring0::from_output(&bytes)
+}
+
+/// Uses SVM from the guest's kernel.
+fn svm_instructions(target: &mut Target) {
+    let Target { machine, places, protected } = target;
+    // The way in: instructions run, and exceptions are seen.
+    assert_eq!(ring0(machine, SCRATCH, &[0xb0, 7]), Ring0::Ran(7));
+    assert_eq!(ring0(machine, SCRATCH, &[0x0f, 0x0b]), UD);
+    // RDMSR; OR AH, 10h; WRMSR and its opposite, of EFER.
+    let [a, b, c, d] = EFER.to_le_bytes();
+    let enable = [0xb9, a, b, c, d, 0x0f, 0x32, 0x80, 0xcc, 0x10, 0x0f, 0x30];
+    let disable = [0xb9, a, b, c, d, 0x0f, 0x32, 0x80, 0xe4, 0xef, 0x0f, 0x30];
+    let in_scratch = |insn: &[u8]| [guest::rax(SCRATCH).as_slice(), insn].concat();
+    let attacks: [(&str, Vec<u8>); 3] = [
+        ("CLGI, STGI", vec![0x0f, 0x01, 0xdd, 0x0f, 0x01, 0xdc]),
+        ("VMSAVE, VMLOAD", in_scratch(&[0x0f, 0x01, 0xdb, 0x0f, 0x01, 0xda])),
+        ("INVLPGA", in_scratch(&[0x31, 0xc9, 0x0f, 0x01, 0xdf])),
+    ];
+    for (name, attack) in attacks {
+        let with_svme = [enable.as_slice(), &attack, &disable].concat();
+        let result = ring0(machine, SCRATCH, &with_svme);
+        if *protected {
+            assert_eq!(result, GP, "EFER.SVME, {name}");
+            assert_eq!(ring0(machine, SCRATCH, &attack), UD, "{name}");
+        } else {
+            assert!(matches!(result, Ring0::Ran(_)), "{name}: {result:?}");
+        }
+    }
+    if *protected {
+        // VMSAVE and VMRUN use physical addresses, past all page tables. They and SKINIT have no control natively: one
+        // would hang, the other is not in QEMU.
+        let in_mle = |insn: [u8; 3]| [guest::rax(places.mle + 0x1000).as_slice(), &insn].concat();
+        for insn in [[0x0f, 0x01, 0xd8], [0x0f, 0x01, 0xda], [0x0f, 0x01, 0xdb], [0x0f, 0x01, 0xde]] {
+            assert_eq!(ring0(machine, SCRATCH, &in_mle(insn)), UD, "{insn:x?}");
+        }
+    }
+}
+
+/// Makes Cordon write for the guest: a runtime service whose results go to memory that is not the guest's.
+fn hypercalls_of_kernels(target: &mut Target) {
+    let Target { machine, places, protected } = target;
+    if !*protected {
+        // Nobody is there to call.
+        assert_eq!(ring0(machine, SCRATCH, &guest::VMMCALL), UD);
+        return;
+    }
+    let service = Service::QueryVariableInfo;
+    let at = hypercall_at(service);
+    let [p, q] = [0, 0x100].map(|offset| guest::MAPPED + offset);
+    let mut call = vec![0xb9, 7, 0, 0, 0, 0xba]; // mov ecx, 7; mov edx, p
+    call.extend(p.to_le_bytes());
+    call.extend([0x41, 0xb8]); // mov r8d, q
+    call.extend(q.to_le_bytes());
+    call.extend([0x41, 0xb9]); // mov r9d, q
+    call.extend(q.to_le_bytes());
+    call.push(0xb8); // mov eax, number
+    call.extend(service.hypercall().to_le_bytes());
+    let mut there = call.clone();
+    there.resize(at - 8, 0x90);
+    there.extend(guest::VMMCALL);
+    there.extend([0x48, 0x0f, 0xba, 0xf8, 63]); // btc rax, 63: what is left of an error is its number
+    // Elsewhere in its page it is no call.
+    call.extend(guest::VMMCALL);
+    assert_eq!(ring0(machine, SCRATCH, &call), UD);
+    // With results for the guest's own memory it works.
+    write(machine, SCRATCH, 0);
+    assert_eq!(ring0(machine, SCRATCH, &there), Ring0::Ran(0));
+    assert_ne!(read(machine, SCRATCH), 0, "bytes for variables");
+    // With results for anybody else's it does not: EFI_INVALID_PARAMETER.
+    let (runtime, _) = places.runtime[0];
+    for page in [places.mle, places.mle + 0x10_0000, places.slb, places.launch_page, runtime, 0xfed4_2000] {
+        let before = (page != 0xfed4_2000).then(|| machine.memory(page, 0x200).unwrap());
+        assert_eq!(ring0(machine, page, &there), Ring0::Ran(2), "results at {page:#x}");
+        if let Some(before) = before {
+            assert!(machine.memory(page, 0x200).unwrap() == before, "{page:#x} changed");
+        }
+    }
+}
+
+/// Has a device copy memory: QEMU's `edu`, a buffer and a DMA engine.
+///
+/// Spec: QEMU "EDU device".
+struct Edu {
+    registers: u64,
+}
+
+impl Edu {
+    const BUFFER: u64 = 0x4_0000;
+    const LENGTH: u64 = 8;
+
+    fn find(machine: &mut Machine) -> Self {
+        // Memory and bus master on, then the first resource's first number.
+        let script =
+            "cd /sys/bus/pci/devices/$(cd /sys/bus/pci/devices && grep -l 0x11e8 */device | cut -d/ -f1) &&
+            printf '\\x06' | dd of=config bs=1 seek=4 conv=notrunc status=none && head -n1 resource";
+        Self { registers: number_after(&machine.check(script).unwrap(), "0x") }
+    }
+
+    fn copy(&self, machine: &mut Machine, from: u64, to: u64, command: u64) {
+        for (register, value) in [(0x80, from), (0x88, to), (0x90, Self::LENGTH), (0x98, command)] {
+            write(machine, self.registers + register, value);
+        }
+        while read(machine, self.registers + 0x98) & 1 != 0 {
+            thread::sleep(std::time::Duration::from_millis(50));
+        }
+    }
+
+    fn take(&self, machine: &mut Machine, from: u64) {
+        self.copy(machine, from, Self::BUFFER, 1);
+    }
+
+    fn give(&self, machine: &mut Machine, to: u64) {
+        self.copy(machine, Self::BUFFER, to, 3);
+    }
+}
+
+/// Has a device read and write what the CPU may not.
+fn dma(target: &mut Target) {
+    const OLD: u64 = 0x0123_4567_89ab_cdef;
+    const NEW: u64 = 0xfedc_ba98_7654_3210;
+    let Target { machine, places, protected } = target;
+    let edu = Edu::find(machine);
+    let word =
+        |machine: &mut Machine, at| u64::from_le_bytes(machine.memory(at, 8).unwrap().try_into().unwrap());
+    // In the guest's memory the device does as it is told.
+    write(machine, SCRATCH, NEW);
+    write(machine, SCRATCH + 8, OLD);
+    edu.take(machine, SCRATCH);
+    edu.give(machine, SCRATCH + 16);
+    assert_eq!(read(machine, SCRATCH + 16), NEW);
+    let (runtime, _) = places.runtime[0];
+    for at in [places.mle, places.mle + places.mle_size - (4 << 20), places.slb, runtime] {
+        let before = word(machine, at);
+        edu.take(machine, SCRATCH);
+        edu.give(machine, at);
+        let after = word(machine, at);
+        edu.take(machine, SCRATCH + 8);
+        edu.take(machine, at);
+        edu.give(machine, SCRATCH + 24);
+        let seen = read(machine, SCRATCH + 24);
+        if *protected {
+            assert_eq!(after, before, "{at:#x} changed");
+            assert!(seen != before || before == 0, "{at:#x} was read: {seen:#x}");
+        } else {
+            assert_eq!((after, seen), (NEW, NEW), "{at:#x}");
+            write(machine, at, before);
+        }
+    }
+}
+
+fn pcrs(machine: &mut Machine) -> [String; 3] {
+    [17, 18, 19].map(|n| machine.check(&format!("cat /sys/class/tpm/tpm0/pcr-sha256/{n}")).unwrap())
+}
+
+/// Runs all attacks, and says of each what came of it.
+fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
+    let attacks: [(&str, fn(&mut Target)); 9] = [
+        ("memory", memory),
+        ("tpm_locality", tpm_locality),
+        ("iommu_registers", iommu_registers),
+        ("msrs", msrs),
+        ("cpuid", cpuid),
+        ("hypercalls_of_programs", hypercalls_of_programs),
+        ("svm_instructions", svm_instructions),
+        ("hypercalls_of_kernels", hypercalls_of_kernels),
+        ("dma", dma),
+    ];
+    let mut failures = BTreeMap::new();
+    for (name, attack) in attacks {
+        let start = std::time::Instant::now();
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| attack(target))) {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+            failures.insert(name, text.unwrap_or_default());
+        }
+        let time = start.elapsed().as_secs_f64();
+        let verdict = if failures.contains_key(name) { "NOT as expected" } else { "as expected" };
+        println!("protected: {}, {name}: {verdict}, {time:.1} s", target.protected);
+    }
+    failures
+}
+
+#[test]
+fn no_attack_of_a_guests_root_succeeds_and_all_do_without_cordon() {
+    let mut machine = boot(&spec(Boot::Cordon, &[]));
+    let places = Places::find(&mut machine);
+    let before = pcrs(&mut machine);
+    let mut target = Target { machine, places: places.clone(), protected: true };
+    let failures = attack(&mut target);
+    assert!(failures.is_empty(), "under Cordon: {failures:#?}\n{}", target.machine.diagnosis());
+    // The guest lives on, the launch too.
+    assert_eq!(pcrs(&mut target.machine), before);
+    let status = target.machine.check("tail -c +5 /sys/firmware/efi/efivars/Status-*").unwrap();
+    assert!(status.contains("sandbox: Ready"), "{status}");
+    target.machine.power_off().unwrap();
+
+    let reserved =
+        [(places.mle, places.mle_size), (places.slb, SLB_SIZE), (places.launch_page, LAUNCH_PAGE_SIZE)];
+    let machine = boot(&spec(Boot::Native, &reserved));
+    let mut target = Target { machine, places, protected: false };
+    let failures = attack(&mut target);
+    assert!(failures.is_empty(), "without Cordon: {failures:#?}\n{}", target.machine.diagnosis());
+    target.machine.power_off().unwrap();
+}
