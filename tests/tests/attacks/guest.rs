@@ -248,10 +248,18 @@ fn put(file: &mut [u8], at: usize, bytes: &[u8]) {
     file[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-/// A module whose init function runs the instructions `slot`: `base`, a module of the guest's kernel, with another
-/// init function and another name, and without all that refers to the code it had. The kernel takes it for what it
-/// is, an unsigned module.
-pub fn module(base: &[u8], slot: &[u8]) -> Vec<u8> {
+/// The slot's content: `code`, and nothing more.
+pub fn slot(code: &[u8]) -> Vec<u8> {
+    let mut slot = code.to_vec();
+    assert!(slot.len() <= SLOT_END - SLOT, "{} bytes of attack", slot.len());
+    slot.resize(SLOT_END - SLOT, 0x90);
+    slot
+}
+
+/// A module whose init function runs the instructions in its slot, and where in the file that is. It is `base`, a module
+/// of the guest's kernel, with another init function and another name, and without all that refers to the code it had.
+/// The kernel takes it for what it is, an unsigned module.
+pub fn module(base: &[u8]) -> (Vec<u8>, usize) {
     /// Sections that stay. All others are no longer loaded, and lose their names: the kernel would patch the code at
     /// the places which some of them list.
     const KEPT: [&str; 7] = [
@@ -264,10 +272,7 @@ pub fn module(base: &[u8], slot: &[u8]) -> Vec<u8> {
         ".strtab",
     ];
     const ALLOC: u8 = 2;
-    let mut code = blob(&attack_module, &attack_module_end);
-    assert!(slot.len() <= SLOT_END - SLOT, "{} bytes of attack", slot.len());
-    put(&mut code, SLOT, slot);
-
+    let code = blob(&attack_module, &attack_module_end);
     let mut file = base.to_vec();
     file.resize(base.len().next_multiple_of(16), 0);
     let (code_at, code_size) = (file.len() as u64, code.len() as u64);
@@ -301,7 +306,7 @@ pub fn module(base: &[u8], slot: &[u8]) -> Vec<u8> {
             }
         }
     }
-    file
+    (file, code_at as usize + SLOT)
 }
 
 fn word(file: &[u8], at: usize, size: usize) -> usize {

@@ -7,8 +7,8 @@ mod guest;
 mod tamper;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::{fs, thread};
 
 use firmware::service::Service;
 use guest::Ring0;
@@ -278,84 +278,99 @@ fn iommu_registers(target: &mut Target) {
 const EFER: u32 = 0xc000_0080;
 const SVME: u64 = 1 << 12;
 
-/// RDMSR on a CPU; `None` when it faults.
-fn rdmsr(machine: &mut Machine, cpu: u32, index: u32) -> Option<u64> {
-    let device = format!("/dev/cpu/{cpu}/msr");
-    let output =
-        machine.run(&format!("dd if={device} bs=8 count=1 iflag=skip_bytes skip={index} status=none"));
-    let output = output.unwrap();
-    match output.status {
-        0 => Some(u64::from_le_bytes(output.bytes.try_into().unwrap())),
-        _ => {
-            assert!(output.text().contains("Input/output error"), "{}", output.text());
-            None
-        }
-    }
-}
+/// An access to an MSR: its index, and the value to write.
+type MsrAccess = (u32, Option<u64>);
 
-/// WRMSR on a CPU; whether it does not fault.
-fn wrmsr(machine: &mut Machine, cpu: u32, index: u32, value: u64) -> bool {
-    let bytes: String = value.to_le_bytes().iter().map(|b| format!("\\x{b:02x}")).collect();
-    let device = format!("/dev/cpu/{cpu}/msr");
-    let output = machine
-        .run(&format!(
-            "printf '{bytes}' | dd of={device} bs=8 count=1 conv=notrunc oflag=seek_bytes seek={index} status=none"
-        ))
-        .unwrap();
-    assert!(output.status == 0 || output.text().contains("Input/output error"), "{}", output.text());
-    output.status == 0
+/// Does `accesses` on a CPU, in order; for each the value read (0 for a write), `None` when it faults.
+fn access_msrs(machine: &mut Machine, cpu: u32, accesses: &[MsrAccess]) -> Vec<Option<u64>> {
+    let mut script = format!("f=/dev/cpu/{cpu}/msr\n");
+    for (index, write) in accesses {
+        let command = match write {
+            None => format!("dd if=$f iflag=skip_bytes skip={index} bs=8 count=1 status=none"),
+            Some(value) => {
+                let bytes: String = value.to_le_bytes().iter().map(|b| format!("\\x{b:02x}")).collect();
+                format!(
+                    "printf '{bytes}' | dd of=$f oflag=seek_bytes seek={index} bs=8 conv=notrunc status=none"
+                )
+            }
+        };
+        script.push_str(&format!("echo $({command} 2>&1 | xxd -p -c 256)\n"));
+    }
+    let output = machine.run(&script).unwrap();
+    let output = String::from_utf8(output.bytes).unwrap();
+    assert_eq!(output.lines().count(), accesses.len(), "{output}");
+    let value = |line: &str| {
+        let bytes = hex::decode(line).unwrap();
+        match bytes.len() {
+            0 => Some(0),
+            8 => Some(u64::from_le_bytes(bytes.try_into().unwrap())),
+            _ => {
+                let error = String::from_utf8_lossy(&bytes);
+                assert!(error.contains("Input/output error"), "{error}");
+                None
+            }
+        }
+    };
+    output.lines().map(value).collect()
 }
 
 /// Uses the registers that would end Cordon's control of the CPU.
 fn msrs(target: &mut Target) {
+    /// Name, number, bits to change, and whether the guest has no such register at all.
+    const MSRS: [(&str, u32, u64, bool); 21] = [
+        ("EFER.SVME", EFER, SVME, false),
+        ("APIC_BASE, address", 0x1b, 1 << 20, false),
+        ("APIC_BASE, x2APIC mode", 0x1b, 1 << 10, false),
+        ("TSC ratio", 0xc000_0104, 1 << 32, true),
+        ("SYSCFG.TOM2", 0xc001_0010, 1 << 21, false),
+        ("SYSCFG, memory encryption", 0xc001_0010, 1 << 23, false),
+        ("HWCR.SmmLock", 0xc001_0015, 1, false),
+        ("IORR", 0xc001_0016, 1 << 20, false),
+        ("TOP_MEM", 0xc001_001a, 1 << 24, false),
+        ("TOM2", 0xc001_001d, 1 << 24, false),
+        ("PATCH_LOADER", 0xc001_0020, 1 << 12, true),
+        ("SMI on I/O", 0xc001_0050, 0xb2, false),
+        ("MMIO configuration base", 0xc001_0058, 1 << 28, false),
+        ("SMM_BASE", 0xc001_0111, 1 << 16, false),
+        ("SMM_ADDR", 0xc001_0112, 1 << 17, false),
+        ("SMM_MASK", 0xc001_0113, 1, false),
+        ("VM_CR", 0xc001_0114, 2, true),
+        ("VM_HSAVE_PA", 0xc001_0117, SCRATCH, true),
+        ("SMM_KEY", 0xc001_0119, 1, true),
+        ("SEV_STATUS", 0xc001_0131, 1, true),
+        ("CPUID override", 0xc001_1004, 1, false),
+    ];
     let Target { machine, protected, .. } = target;
-    let protected = *protected;
     for cpu in 0..2 {
-        // Register, the bits to change, whether reading it faults too.
-        for (name, index, bits, absent) in [
-            ("EFER.SVME", EFER, SVME, false),
-            ("APIC_BASE, address", 0x1b, 1 << 20, false),
-            ("APIC_BASE, x2APIC mode", 0x1b, 1 << 10, false),
-            ("TSC ratio", 0xc000_0104, 1 << 32, true),
-            ("SYSCFG.TOM2", 0xc001_0010, 1 << 21, false),
-            ("SYSCFG, memory encryption", 0xc001_0010, 1 << 23, false),
-            ("HWCR.SmmLock", 0xc001_0015, 1, false),
-            ("IORR", 0xc001_0016, 1 << 20, false),
-            ("TOP_MEM", 0xc001_001a, 1 << 24, false),
-            ("TOM2", 0xc001_001d, 1 << 24, false),
-            ("PATCH_LOADER", 0xc001_0020, 1 << 12, true),
-            ("SMI on I/O", 0xc001_0050, 0xb2, false),
-            ("MMIO configuration base", 0xc001_0058, 1 << 28, false),
-            ("SMM_BASE", 0xc001_0111, 1 << 16, false),
-            ("SMM_ADDR", 0xc001_0112, 1 << 17, false),
-            ("SMM_MASK", 0xc001_0113, 1, false),
-            ("VM_CR", 0xc001_0114, 2, true),
-            ("VM_HSAVE_PA", 0xc001_0117, SCRATCH, true),
-            ("SMM_KEY", 0xc001_0119, 1, true),
-            ("SEV_STATUS", 0xc001_0131, 1, true),
-            ("CPUID override", 0xc001_1004, 1, false),
-        ] {
-            let old = rdmsr(machine, cpu, index);
-            assert_eq!(old.is_none(), protected && absent, "RDMSR of {name} on CPU {cpu}: {old:x?}");
-            let old = old.unwrap_or(0);
-            let done = wrmsr(machine, cpu, index, old ^ bits);
-            assert_eq!(done, !protected, "WRMSR of {name} on CPU {cpu}");
-            if done {
-                wrmsr(machine, cpu, index, old);
-            } else if !absent {
-                assert_eq!(rdmsr(machine, cpu, index), Some(old), "{name}");
+        let old = access_msrs(machine, cpu, &MSRS.map(|(_, index, ..)| (index, None)));
+        // Changed, read, and put back at once.
+        let steps: Vec<_> = MSRS
+            .iter()
+            .zip(&old)
+            .flat_map(|(&(_, index, bits, _), old)| {
+                let old = old.unwrap_or(0);
+                [(index, Some(old ^ bits)), (index, None), (index, Some(old))]
+            })
+            .collect();
+        let results = access_msrs(machine, cpu, &steps);
+        for (((name, _, _, absent), old), result) in MSRS.into_iter().zip(old).zip(results.chunks(3)) {
+            if *protected {
+                assert_eq!(old.is_none(), absent, "RDMSR of {name} on CPU {cpu}: {old:x?}");
+                assert_eq!(result[..2], [None, old], "WRMSR of {name} on CPU {cpu}");
+            } else {
+                assert!(old.is_some() && result[0].is_some(), "{name} on CPU {cpu}: {old:x?}, {result:x?}");
             }
         }
-        assert_eq!(rdmsr(machine, cpu, EFER).unwrap() & SVME, 0, "EFER.SVME shows");
-        // A register of the guest's can be read and written: the way there is not what fails.
-        let sysenter = rdmsr(machine, cpu, 0x174).unwrap();
-        assert!(wrmsr(machine, cpu, 0x174, sysenter));
+        // SVME does not show. A register of the guest's can be read and written: the way there is not what fails.
+        let sysenter = access_msrs(machine, cpu, &[(EFER, None), (0x174, None)]);
+        assert_eq!(sysenter[0].unwrap() & SVME, 0);
+        assert_eq!(access_msrs(machine, cpu, &[(0x174, sysenter[1])]), [Some(0)]);
     }
 }
 
 /// Puts a file into the guest.
 fn send(machine: &mut Machine, path: &str, bytes: &[u8]) {
-    let text: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    let text = hex::encode(bytes);
     machine.check(&format!("xxd -r -p >{path} <<'END'\n{text}\nEND\nchmod +x {path}")).unwrap();
 }
 
@@ -393,12 +408,22 @@ fn hypercalls_of_programs(target: &mut Target) {
 }
 
 /// Runs instructions at CPL 0, with the page at `page` mapped for them.
-fn ring0(machine: &mut Machine, page: u64, slot: &[u8]) -> Ring0 {
+fn ring0(machine: &mut Machine, page: u64, code: &[u8]) -> Ring0 {
     let base = fs::read(paths::modules().join("nls_ascii.ko")).unwrap();
-    send(machine, "/tmp/attack.ko", &guest::module(&base, slot));
-    let (status, bytes) = run_program(machine, &guest::loader(page));
-    assert_eq!(status, 0);
-    Ring0::from_output(&bytes)
+    let (module, at) = guest::module(&base);
+    // The files take longer to send than to use: once is enough.
+    if machine.run("[ -e /tmp/attack.ko ]").unwrap().status != 0 {
+        send(machine, "/tmp/attack.ko", &module);
+    }
+    let loader = format!("/tmp/load-{page:x}");
+    if machine.run(&format!("[ -e {loader} ]")).unwrap().status != 0 {
+        send(machine, &loader, &guest::loader(page));
+    }
+    let code = hex::encode(guest::slot(code));
+    let output = machine.run(&format!(
+        "echo {code} | xxd -r -p | dd of=/tmp/attack.ko bs=1 seek={at} conv=notrunc status=none && {loader}"
+    ));
+    Ring0::from_output(&output.unwrap().bytes)
 }
 
 /// Uses SVM from the guest's kernel.
@@ -498,12 +523,13 @@ impl Edu {
     }
 
     fn copy(&self, machine: &mut Machine, from: u64, to: u64, command: u64) {
+        let mut script = String::new();
         for (register, value) in [(0x80, from), (0x88, to), (0x90, Self::LENGTH), (0x98, command)] {
-            write(machine, self.registers + register, value);
+            script.push_str(&format!("devmem {:#x} 64 {value:#x} &&\n", self.registers + register));
         }
-        while read(machine, self.registers + 0x98) & 1 != 0 {
-            thread::sleep(std::time::Duration::from_millis(50));
-        }
+        let command = self.registers + 0x98;
+        script.push_str(&format!("while [ $(($(devmem {command:#x} 64) & 1)) = 1 ]; do usleep 20000; done"));
+        machine.check(&script).unwrap();
     }
 
     fn take(&self, machine: &mut Machine, from: u64) {
