@@ -586,6 +586,16 @@ impl Pending {
         self.service
     }
 
+    /// Bytes from the call buffer's start that the call can make use of, in either direction: the rest need not be
+    /// copied between MLE and sandbox.
+    pub fn used_bytes(&self) -> usize {
+        let data = match self.results {
+            Results::Variable { size, .. } | Results::SetVariable { size, .. } => size,
+            _ => 0,
+        };
+        offset_of!(CallBuffer, data).saturating_add(data).min(CALL_BUFFER_SIZE)
+    }
+
     /// The call for a sandbox that sees the buffer at `buffer`.
     pub fn call(&self, buffer: u64) -> FirmwareCall {
         let at = |offset: usize| buffer.wrapping_add(offset as u64);

@@ -21,6 +21,7 @@ use hv::vcpu::{Access, Exception, Exit, Vcpu};
 use log::warn;
 use spin::Mutex;
 use svm::vcpu::SvmVcpu;
+use zerocopy::IntoBytes;
 
 use crate::cpu::{Cpu, FpuArea};
 use crate::guest::cpuid;
@@ -190,7 +191,7 @@ impl Services {
                 return Next::Resume;
             }
             End::Returned => {
-                copy_buffer(parts.area, parts.buffer, &parts.mem, Direction::FromSandbox);
+                copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::FromSandbox);
                 let rax = parts.vcpu.gprs().rax;
                 parts.gate.end(pending, rax, &view, parts.buffer)
             }
@@ -239,7 +240,7 @@ impl Services {
             finish(vcpu, parts.gate.end_without_firmware(pending, &view, parts.buffer).status);
             return Err(Next::Resume);
         }
-        copy_buffer(parts.area, parts.buffer, &parts.mem, Direction::ToSandbox);
+        copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::ToSandbox);
         let call = pending.call(buffer_at(parts.area));
         let frame = call.frame(parts.return_to);
         // Aligned so that RSP is 8 modulo 16 at the entry point.
@@ -314,12 +315,18 @@ enum Direction {
     FromSandbox,
 }
 
-/// Copies the call buffer between the MLE and the sandbox: each side works on its own.
-fn copy_buffer(area: PhysRange, own: &mut CallBuffer, mem: &Identity, direction: Direction) {
-    use zerocopy::IntoBytes;
+/// Copies what a call uses of the call buffer between the MLE and the sandbox: each side works on its own.
+fn copy_buffer(
+    area: PhysRange,
+    own: &mut CallBuffer,
+    mem: &Identity,
+    pending: &Pending,
+    direction: Direction,
+) {
+    let (at, used) = (buffer_at(area), ..pending.used_bytes());
     match direction {
-        Direction::ToSandbox => mem.write(buffer_at(area), own.as_bytes()),
-        Direction::FromSandbox => mem.read(buffer_at(area), own.as_mut_bytes()),
+        Direction::ToSandbox => mem.write(at, own.as_bytes().get(used).unwrap_or_default()),
+        Direction::FromSandbox => mem.read(at, own.as_mut_bytes().get_mut(used).unwrap_or_default()),
     };
 }
 
