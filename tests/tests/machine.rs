@@ -154,6 +154,7 @@ mod cordon {
 
     /// PCR values that `cordon predict` gives for the files and the command line of `spec`.
     fn predicted(spec: &Spec) -> serde_json::Value {
+        images::build_initrd().unwrap();
         let output = Command::new(env!("CARGO"))
             .args(["run", "--quiet", "-p", "audit", "--bin", "cordon", "--", "predict", "--json", "--slb"])
             .arg(&spec.slb)
