@@ -26,6 +26,8 @@ const VM_HSAVE_PA: u32 = 0xc001_0117;
 const VM_CR_R_INIT: u64 = 1 << 1;
 const DEBUGCTL: u32 = 0x1d9;
 const DEBUGCTL_BTF: u64 = 1 << 1;
+/// VM_CR.DIS_A20M: the mask of address line 20 is ignored.
+const VM_CR_DIS_A20M: u64 = 1 << 2;
 /// Pages of an interrupt stack, under a guard page.
 const IST_PAGES: u64 = 2;
 
@@ -81,6 +83,7 @@ pub struct Cpu {
     msrs: Msrs,
     efer_bits: u64,
     guarded_init: bool,
+    ignores_a20: bool,
 }
 
 impl Cpu {
@@ -99,6 +102,7 @@ impl Cpu {
             msrs: unsafe { Msrs::new() },
             efer_bits: msr::efer_bits(native_cpuid),
             guarded_init: false,
+            ignores_a20: false,
         };
         (cpu, memory.vmcb)
     }
@@ -111,8 +115,10 @@ impl Cpu {
         unsafe { svm::insn::clgi() };
         self.msrs.wrmsr(VM_HSAVE_PA, self.host_save);
         let vm_cr = self.msrs.rdmsr(VM_CR);
-        self.msrs.wrmsr(VM_CR, vm_cr | VM_CR_R_INIT);
-        self.guarded_init = self.msrs.rdmsr(VM_CR) & VM_CR_R_INIT != 0;
+        self.msrs.wrmsr(VM_CR, vm_cr | VM_CR_R_INIT | VM_CR_DIS_A20M);
+        let vm_cr = self.msrs.rdmsr(VM_CR);
+        self.guarded_init = vm_cr & VM_CR_R_INIT != 0;
+        self.ignores_a20 = vm_cr & VM_CR_DIS_A20M != 0;
         // SAFETY: SVME is set; the page is this CPU's alone.
         unsafe { svm::insn::vmsave(self.vmload_area) };
     }
@@ -120,6 +126,11 @@ impl Cpu {
     /// Whether an INIT that gets through becomes #SX. False on CPUs without VM_CR.R_INIT: there INIT resets.
     pub fn redirects_init(&self) -> bool {
         self.guarded_init
+    }
+
+    /// Whether no device can mask address line 20.
+    pub fn ignores_a20_mask(&self) -> bool {
+        self.ignores_a20
     }
 
     /// Runs `vcpu` until it exits.

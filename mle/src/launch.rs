@@ -284,6 +284,9 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let msrpm: &mut Msrpm = pool.object().ok_or(LaunchError::OutOfMemory("the MSR map"))?;
     guest::msr::intercept_guarded(msrpm);
     let iopm: &mut Iopm = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
+    if !cpu.ignores_a20_mask() {
+        guest::a20::guard(iopm, &ports);
+    }
     let vm = VmTables {
         msrpm: &raw const *msrpm as u64,
         iopm: &raw const *iopm as u64,

@@ -10,6 +10,7 @@ use svm::vcpu::SvmVcpu;
 
 use crate::apic::{Command, ICR_HIGH, ICR_LOW, XAPIC_BASE, Xapic};
 use crate::cpu::{self, Cpu};
+use crate::guest::a20;
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
 use crate::metal::{PhysWindow, Ports, TscClock};
@@ -132,6 +133,11 @@ pub fn guest(
                     fatal::end_by_guest(ports, format_args!("ResetSystem, {kind:?}"))
                 }
             },
+            Next::Port { port, size, input: false, .. } => {
+                a20::write(&ports, port, size, vcpu.gprs().rax as u32);
+                services::finish_port(vcpu, exit);
+            }
+            Next::Port { .. } => services::port_access(vcpu, exit, Some(ports)),
             Next::Shutdown => fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}")),
             Next::Fatal(exit) => {
                 fatal::stop(format_args!("guest exit: {exit}; {}", cpu::describe(vcpu)));

@@ -330,8 +330,15 @@ fn copy_buffer(
     };
 }
 
-/// Does a port access for the sandbox, or pretends that no device is there.
-fn port_access(vcpu: &mut SvmVcpu<'_>, exit: Exit, ports: Option<Ports>) {
+/// Goes on after an intercepted port access.
+pub fn finish_port(vcpu: &mut SvmVcpu<'_>, exit: Exit) {
+    if let Exit::Port { next_rip, .. } = exit {
+        vcpu.skip_to(next_rip);
+    }
+}
+
+/// Does a port access for a virtual machine, or pretends that no device is there.
+pub fn port_access(vcpu: &mut SvmVcpu<'_>, exit: Exit, ports: Option<Ports>) {
     let Exit::Port { port, size, input, next_rip, .. } = exit else { return };
     let rax = vcpu.gprs().rax;
     if input {

@@ -41,6 +41,17 @@ pub enum Next {
     Nmi,
     /// The guest's CPU is to wait for a Startup IPI.
     Init,
+    /// The guest used a port that is guarded.
+    Port {
+        /// Port number.
+        port: u16,
+        /// Operand bytes.
+        size: u8,
+        /// IN rather than OUT.
+        input: bool,
+        /// Address of the next instruction.
+        next_rip: u64,
+    },
     /// The guest shut down (triple fault).
     Shutdown,
     /// The guest touched what it may not have: recorded, and the guest took the exception.
@@ -97,8 +108,13 @@ pub fn answer(vcpu: &mut impl Vcpu, exit: Exit, hw: &impl Hardware, apic: Option
         Exit::Nmi => Next::Nmi,
         Exit::Init => Next::Init,
         Exit::Shutdown => Next::Shutdown,
-        Exit::Port { .. }
-        | Exit::Halt
+        Exit::Port { string: true, .. } => {
+            // No driver moves strings through these ports.
+            vcpu.inject(Exception::GeneralProtection);
+            Next::Resume
+        }
+        Exit::Port { port, size, input, next_rip, .. } => Next::Port { port, size, input, next_rip },
+        Exit::Halt
         | Exit::Interrupt
         | Exit::Exception { .. }
         | Exit::InvalidState
@@ -157,6 +173,8 @@ mod tests {
         let memory = Exit::Memory { gpa: 0x1000, access: Access::Write, table_walk: true };
         let exits = [
             Exit::Cpuid,
+            Exit::Port { port: 0x92, size: 1, input: false, string: false, next_rip: 0 },
+            Exit::Port { port: 0x64, size: 4, input: true, string: true, next_rip: 0 },
             Exit::MsrRead { index: 0x4000_0000 },
             Exit::MsrWrite { index: 0xc001_0117, value: 1 },
             memory,
