@@ -65,7 +65,6 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test -p tests --test machine -- --test-threads=2
 	$(CARGO) test -p tests --test attacks -- --test-threads=2
 
-# Tests named open_ are of attacks that still succeed: docs/attacks.md.
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
-	$(CARGO) test -p tests --test attacks -- --ignored --skip open_
+	$(CARGO) test -p tests --test attacks -- --ignored
 	$(CARGO) test -p tests --test machine -- --ignored --nocapture
