@@ -62,6 +62,7 @@ lint: setup ## Formatting and lints of the host code and of the images
 
 test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test --workspace
+	$(CARGO) test -p tests --test builds
 	$(CARGO) test -p tests --test machine -- --test-threads=2
 	$(CARGO) test -p tests --test attacks -- --test-threads=2
 

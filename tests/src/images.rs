@@ -42,14 +42,23 @@ const IMAGES: [Image; 3] = [
 
 /// Builds Cordon's images into the build folder. Quiet when nothing changed.
 pub fn build() -> Result<()> {
+    let target_dir =
+        env::var_os("CARGO_TARGET_DIR").map_or_else(|| paths::root().join("target"), PathBuf::from);
+    for (image, made) in IMAGES.iter().zip(build_from(&paths::root(), target_dir)?) {
+        initrd::write_whole(&(image.copy)(), &fs::read(&made).with_context(|| made.display().to_string())?)?;
+    }
+    Ok(())
+}
+
+/// Builds Cordon's images from the source tree at `root` into `target_dir`. Gives their paths: SLB, MLE, loader.
+pub fn build_from(root: &Path, mut target_dir: PathBuf) -> Result<Vec<PathBuf>> {
     let way = fs::read_to_string(paths::build().join("toolchain"))
         .context("no build/toolchain: run `make setup`")?;
-    let mut target_dir =
-        env::var_os("CARGO_TARGET_DIR").map_or_else(|| paths::root().join("target"), PathBuf::from);
     if way.trim() == "debian" {
         // Two compilers in one folder would each rebuild what the other left.
         target_dir.push("debian");
     }
+    let mut all = Vec::new();
     for image in &IMAGES {
         let mut cargo = match way.trim() {
             "rustup" => Command::new("cargo"),
@@ -65,28 +74,28 @@ pub fn build() -> Result<()> {
             cargo.arg("--quiet");
         }
         let status = cargo
-            .current_dir(paths::root())
+            .current_dir(root)
             .args(["build", "--release", "--target-dir"])
             .arg(&target_dir)
             .args(["--target", image.target, "-p", image.package, "--bin", image.binary])
             .arg("--config")
-            .arg(without_paths(image.target)?)
+            .arg(without_paths(image.target, root)?)
             .status()
             .context("starting cargo")?;
         ensure!(status.success(), "cargo could not build {}", image.binary);
-        initrd::write_whole(&(image.copy)(), &fs::read(&made).with_context(|| made.display().to_string())?)?;
+        all.push(made);
     }
-    Ok(())
+    Ok(all)
 }
 
 /// Flags that keep the paths of this checkout and of cargo's sources out of the images, so that whoever builds them
 /// anywhere gets the same bytes. They are added to those of the project's own configuration.
-fn without_paths(target: &str) -> Result<String> {
+fn without_paths(target: &str, root: &Path) -> Result<String> {
     let cargo_home = env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| env::home_dir().map(|home| home.join(".cargo")))
         .context("no home folder")?;
-    let flags = [(paths::root(), "/cordon"), (cargo_home, "/cargo")]
+    let flags = [(root, "/cordon"), (&cargo_home, "/cargo")]
         .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
     Ok(format!("target.{target}.rustflags={flags:?}"))
 }

@@ -415,10 +415,22 @@ impl Machine {
     /// Has the guest turn the machine off, and waits for that.
     pub fn power_off(mut self) -> Result<()> {
         self.channel.off()?;
+        self.ends_by("guest-shutdown")
+    }
+
+    /// Runs a shell script that resets the machine, and waits for that.
+    pub fn reset_by(mut self, script: &str) -> Result<()> {
+        self.wait_ready()?;
+        self.channel.send_script(script)?;
+        self.ends_by("guest-reset")
+    }
+
+    /// Waits for the machine's end, which must have QEMU's `expected` reason.
+    fn ends_by(mut self, expected: &str) -> Result<()> {
         let ended = self.qemu.wait(Duration::from_secs(60))?;
-        ensure!(ended.is_some(), "the guest did not turn the machine off within 60 s");
+        ensure!(ended.is_some(), "the machine did not end ({expected}) within 60 s");
         let reason = self.qmp.last_end().unwrap_or_default();
-        ensure!(reason == "guest-shutdown", "the machine ended by {reason:?} instead of turning itself off");
+        ensure!(reason == expected, "the machine ended by {reason:?} instead of {expected:?}");
         // Large, and easy to make again.
         fs::remove_file(self.dir.file("esp.img"))?;
         Ok(())

@@ -116,6 +116,17 @@ mod drtm {
     }
 
     #[test]
+    fn the_next_boot_shows_why_a_launch_failed() {
+        images::build_initrd().expect("RAM disk");
+        let spec = Spec { fault: Some(Fault::TpmError), reboot: true, ..Spec::default() };
+        let mut machine = Machine::start(&spec).expect("start");
+        let number = SlbError::NotLaunched as u16;
+        let shown = format!("an earlier launch failed: SLB stage, error {number}:");
+        let found = machine.wait_console(|console| console.contains(&shown).then_some(()));
+        found.unwrap_or_else(|error| panic!("{error:#}\n{}", machine.diagnosis()));
+    }
+
+    #[test]
     fn an_slb_is_entered_as_the_architecture_says() {
         let (machine, state) = probe(Spec { cpus: 1, ..Spec::default() });
         let launch = machine.player().unwrap().launch().unwrap();
@@ -199,6 +210,16 @@ mod cordon {
         assert_eq!(pcr(&mut machine, 18), expected["18"].as_str().unwrap());
         use_machine(&spec, &mut machine);
         machine.power_off().unwrap();
+    }
+
+    /// Linux resets by the port that the FADT names, by the keyboard controller, or by ResetSystem, as it is told.
+    #[test]
+    #[ignore = "takes two minutes"]
+    fn a_guest_resets_the_machine_in_each_way_it_knows() {
+        for way in ["acpi", "kbd", "efi"] {
+            let machine = boot(Spec { cmdline: format!("reboot={way}"), ..Spec::default() });
+            machine.reset_by("reboot -f").unwrap_or_else(|error| panic!("{way}: {error:#}"));
+        }
     }
 
     /// All machines there are; `make test-all` runs them.
