@@ -17,6 +17,7 @@ pub mod measure;
 pub mod memmap;
 pub mod sandbox;
 pub mod service;
+pub mod smm;
 pub mod tables;
 #[cfg(test)]
 mod testmem;
