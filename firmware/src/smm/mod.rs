@@ -5,3 +5,4 @@
 //! ([`communicate`]), and to look for damage after it ran ([`check`]). See `docs/smm.md`.
 
 pub mod communicate;
+pub mod facts;
