@@ -6,9 +6,13 @@
 use core::fmt;
 use core::ops::RangeInclusive;
 
+use heapless::Vec;
 use log::LevelFilter;
+use uefi_raw::Guid;
 
+use crate::policy::{PATTERN_MAX, Policies, Policy, RULES_MAX, Rule};
 use crate::service::{COUNT, Service};
+use crate::smm::communicate::{Handlers, LISTED_MAX, SmmPolicy};
 
 /// Largest file, in bytes.
 pub const FILE_MAX: usize = 16 * 1024;
@@ -19,14 +23,77 @@ pub const BUDGET_MS: RangeInclusive<u32> = 100..=60_000;
 /// `sandbox.budget-ms` when the file does not say: flash erase takes seconds, Linux's soft-lockup
 /// watchdog bites after twenty.
 pub const BUDGET_MS_DEFAULT: u32 = 10_000;
+/// Accepted values of `sandbox.budget-exits`.
+pub const BUDGET_EXITS: RangeInclusive<u32> = 1_000..=100_000_000;
+/// `sandbox.budget-exits` when the file does not say: waiting for flash reads a timer port some ten thousand times.
+pub const BUDGET_EXITS_DEFAULT: u32 = 1_000_000;
+/// Most lists of ports.
+pub const PORTS_MAX: usize = 16;
+/// Most MSRs that firmware may read.
+pub const MSRS_MAX: usize = 16;
+/// Accepted values of `unlock.pcr`: those that locality 2 may extend and a dynamic launch resets.
+pub const UNLOCK_PCR: RangeInclusive<u32> = 18..=22;
+/// `unlock.pcr` when the file does not say: the exposure log's.
+pub const UNLOCK_PCR_DEFAULT: u32 = 22;
 
-/// What becomes of calls of a service.
+/// Ports that firmware may use beside those that it always may.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    /// First to last port.
+    pub ports: RangeInclusive<u16>,
+    /// Bytes of an access: 1, 2 or 4.
+    pub width: u8,
+}
+
+/// What becomes of an access that the sandbox may not make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
-    /// The call runs in the sandbox.
-    Sandbox,
-    /// EFI_UNSUPPORTED, and the service's bit is clear in EFI_RT_PROPERTIES_TABLE.
-    Deny,
+pub enum Denied {
+    /// Reads give all ones, writes are dropped; firmware goes on.
+    Ignore,
+    /// The call ends in an error, and the sandbox is dead.
+    Stop,
+}
+
+/// What becomes of a dead sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDeath {
+    /// It stays dead: all later calls fail.
+    Stay,
+    /// The next call finds it as it was at launch, by the copy that was measured.
+    Restart,
+}
+
+/// What holds for the sandbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SandboxConfig {
+    /// `sandbox.budget-ms`: longest time a firmware call may take, in milliseconds.
+    pub budget_ms: u32,
+    /// `sandbox.budget-exits`: most exits that a firmware call may make.
+    pub budget_exits: u32,
+    /// `sandbox.on-death`.
+    pub on_death: OnDeath,
+    /// `sandbox.denied-ports`.
+    pub denied_ports: Denied,
+    /// `sandbox.denied-msrs`.
+    pub denied_msrs: Denied,
+    /// `sandbox.port.<first>[-<last>]`.
+    pub ports: Vec<PortRange, PORTS_MAX>,
+    /// `sandbox.msr.<number>`: registers that firmware may read.
+    pub msrs: Vec<u32, MSRS_MAX>,
+}
+
+impl Default for SandboxConfig {
+    fn default() -> Self {
+        Self {
+            budget_ms: BUDGET_MS_DEFAULT,
+            budget_exits: BUDGET_EXITS_DEFAULT,
+            on_death: OnDeath::Stay,
+            denied_ports: Denied::Ignore,
+            denied_msrs: Denied::Stop,
+            ports: Vec::new(),
+            msrs: Vec::new(),
+        }
+    }
 }
 
 /// The configuration in force.
@@ -34,15 +101,28 @@ pub enum Policy {
 pub struct Config {
     /// `log`: least severe level that is written.
     pub log: LevelFilter,
-    /// `sandbox.budget-ms`: longest time a firmware call may take, in milliseconds.
-    pub budget_ms: u32,
-    policies: [Policy; COUNT],
+    /// `service.…`: what becomes of firmware calls.
+    pub policies: Policies,
+    /// `sandbox.…`.
+    pub sandbox: SandboxConfig,
+    /// `smm.handlers`: which software SMIs of the sandbox are raised.
+    pub smm: SmmPolicy,
+    /// `smm.guest`: whether the guest may raise software SMIs itself.
+    pub guest_smi: bool,
+    /// `unlock.pcr`: the PCR that shows what was unlocked.
+    pub unlock_pcr: u32,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        let policies = Service::ALL.map(|s| if s.supported() { Policy::Sandbox } else { Policy::Deny });
-        Self { log: LevelFilter::Info, budget_ms: BUDGET_MS_DEFAULT, policies }
+        Self {
+            log: LevelFilter::Info,
+            policies: Policies::default(),
+            sandbox: SandboxConfig::default(),
+            smm: SmmPolicy::default(),
+            guest_smi: false,
+            unlock_pcr: UNLOCK_PCR_DEFAULT,
+        }
     }
 }
 
@@ -79,7 +159,7 @@ pub enum ConfigErrorKind<'a> {
         /// What would be accepted.
         expected: &'static str,
     },
-    /// A number outside [`BUDGET_MS`].
+    /// A number that is too small or too large.
     OutOfRange {
         /// The key.
         key: &'a str,
@@ -89,6 +169,23 @@ pub enum ConfigErrorKind<'a> {
         min: u32,
         /// Largest value accepted.
         max: u32,
+    },
+    /// No range of ports.
+    BadPorts {
+        /// The key.
+        key: &'a str,
+    },
+    /// No vendor and pattern of variables.
+    BadPattern {
+        /// The key.
+        key: &'a str,
+    },
+    /// One more of something than there is room for.
+    TooMany {
+        /// The key.
+        key: &'a str,
+        /// How many there may be.
+        limit: usize,
     },
     /// Something the design has and this version does not.
     NotSupportedYet {
@@ -122,16 +219,20 @@ impl fmt::Display for ConfigError<'_> {
             Kind::OutOfRange { key, value, min, max } => {
                 write!(f, "{key} = {value}: limit {min} to {max}")
             }
+            Kind::BadPorts { key } => write!(f, "\"{key}\": expected a port 0x0 to 0xffff, or first-last"),
+            Kind::BadPattern { key } => {
+                write!(
+                    f,
+                    "\"{key}\": expected <GUID or *>:<name>, the name 1 to {PATTERN_MAX} characters long"
+                )
+            }
+            Kind::TooMany { key, limit } => write!(f, "\"{key}\" is one too many, limit {limit}"),
             Kind::NotSupportedYet { key, value, expected } => {
                 write!(f, "{key} = {value}: not supported yet; this version takes {expected}")
             }
         }
     }
 }
-
-const LOG_KEY: &str = "log";
-const BUDGET_KEY: &str = "sandbox.budget-ms";
-const SERVICE_PREFIX: &str = "service.";
 
 impl Config {
     /// Reads a whole file. An empty one gives the defaults.
@@ -140,26 +241,13 @@ impl Config {
             return Err(ConfigError { line: 0, kind: ConfigErrorKind::FileTooLarge(file.len()) });
         }
         let mut config = Self::default();
-        let mut seen = Seen { log: false, budget: false, services: [false; COUNT] };
+        let mut seen = Seen::default();
         for (index, line) in file.split(|b| *b == b'\n').enumerate() {
             config
                 .line(line, &mut seen)
                 .map_err(|kind| ConfigError { line: index.saturating_add(1), kind })?;
         }
         Ok(config)
-    }
-
-    /// What becomes of calls of `service`.
-    pub fn policy(&self, service: Service) -> Policy {
-        self.policies.get(service.index()).copied().unwrap_or(Policy::Deny)
-    }
-
-    /// The mask for EFI_RT_PROPERTIES_TABLE: a bit for each service that is not denied.
-    pub fn rt_properties(&self) -> u32 {
-        Service::ALL
-            .into_iter()
-            .filter(|s| self.policy(*s) != Policy::Deny)
-            .fold(0, |mask, s| mask | s.rt_properties_bit())
     }
 
     fn line<'a>(&mut self, line: &'a [u8], seen: &mut Seen) -> Result<(), ConfigErrorKind<'a>> {
@@ -180,74 +268,191 @@ impl Config {
         if key.is_empty() || value.is_empty() {
             return Err(Kind::NotKeyValue(text));
         }
-        let once = |flag: &mut bool| {
-            if core::mem::replace(flag, true) { Err(Kind::Twice(key)) } else { Ok(()) }
-        };
+        let line = Line { key, value };
+        if let Some(at) = KEYS.iter().position(|k| *k == key)
+            && seen.keys.get_mut(at).is_some_and(|seen| core::mem::replace(seen, true))
+        {
+            return Err(Kind::Twice(key));
+        }
+        let sandbox = &mut self.sandbox;
         match key {
-            LOG_KEY => {
-                once(&mut seen.log)?;
-                self.log = level(value).ok_or(Kind::BadValue {
-                    key,
-                    value,
-                    expected: "error, warn, info, debug or trace",
-                })?;
+            "log" => self.log = line.one_of(&LEVELS, "error, warn, info, debug or trace")?,
+            "sandbox.budget-ms" => sandbox.budget_ms = line.number("a number of milliseconds", BUDGET_MS)?,
+            "sandbox.budget-exits" => {
+                sandbox.budget_exits = line.number("a number of exits", BUDGET_EXITS)?
             }
-            BUDGET_KEY => {
-                once(&mut seen.budget)?;
-                let expected = "a number of milliseconds";
-                let digits = value.bytes().all(|b| b.is_ascii_digit());
-                let number = if digits { Some(value.parse().unwrap_or(u32::MAX)) } else { None };
-                self.budget_ms = number.ok_or(Kind::BadValue { key, value, expected })?;
-                if !BUDGET_MS.contains(&self.budget_ms) {
-                    let (min, max) = (*BUDGET_MS.start(), *BUDGET_MS.end());
-                    return Err(Kind::OutOfRange { key, value, min, max });
-                }
+            "sandbox.on-death" => {
+                let words = [("stay", OnDeath::Stay), ("restart", OnDeath::Restart)];
+                sandbox.on_death = line.one_of(&words, "stay or restart")?;
             }
+            "sandbox.denied-ports" => sandbox.denied_ports = line.one_of(&DENIED, "ignore or stop")?,
+            "sandbox.denied-msrs" => sandbox.denied_msrs = line.one_of(&DENIED, "ignore or stop")?,
+            "smm.handlers" => self.smm = line.smm_policy()?,
+            "smm.guest" => {
+                self.guest_smi = line.one_of(&[("deny", false), ("allow", true)], "deny or allow")?
+            }
+            "unlock.pcr" => self.unlock_pcr = line.number("a PCR", UNLOCK_PCR)?,
             _ => {
-                let name = key.strip_prefix(SERVICE_PREFIX);
-                let service =
-                    Service::ALL.into_iter().find(|s| Some(s.name()) == name).ok_or(Kind::UnknownKey(key))?;
-                if let Some(flag) = seen.services.get_mut(service.index()) {
-                    once(flag)?;
+                if let Some(name) = key.strip_prefix("service.") {
+                    return self.service(line, name, seen);
                 }
-                let policy = policy(service, key, value)?;
-                if let Some(slot) = self.policies.get_mut(service.index()) {
-                    *slot = policy;
+                if let Some(range) = key.strip_prefix("sandbox.port.") {
+                    let ports = port_range(range).ok_or(Kind::BadPorts { key })?;
+                    let widths = [("byte", 1), ("word", 2), ("dword", 4)];
+                    let width = line.one_of(&widths, "byte, word or dword")?;
+                    let room = Kind::TooMany { key, limit: PORTS_MAX };
+                    return sandbox.ports.push(PortRange { ports, width }).map_err(|_| room);
                 }
+                if let Some(number) = key.strip_prefix("sandbox.msr.") {
+                    let number = hexadecimal(number).ok_or(Kind::UnknownKey(key))?;
+                    line.one_of(&[("read", ())], "read")?;
+                    return sandbox.msrs.push(number).map_err(|_| Kind::TooMany { key, limit: MSRS_MAX });
+                }
+                return Err(Kind::UnknownKey(key));
             }
         }
         Ok(())
     }
+
+    /// `service.<Name>`, or `service.<Name>.<vendor>:<pattern>` for variables.
+    fn service<'a>(
+        &mut self,
+        line: Line<'a>,
+        name: &'a str,
+        seen: &mut Seen,
+    ) -> Result<(), ConfigErrorKind<'a>> {
+        use ConfigErrorKind as Kind;
+        let key = line.key;
+        let (name, variables) = name.split_once('.').map_or((name, None), |(name, rest)| (name, Some(rest)));
+        let service = Service::ALL.into_iter().find(|s| s.name() == name).ok_or(Kind::UnknownKey(key))?;
+        let policy = line.policy(service)?;
+        let Some(variables) = variables else {
+            if seen.services.get_mut(service.index()).is_some_and(|seen| core::mem::replace(seen, true)) {
+                return Err(Kind::Twice(key));
+            }
+            self.policies.set(service, policy);
+            return Ok(());
+        };
+        if !matches!(service, Service::GetVariable | Service::SetVariable) {
+            return Err(Kind::UnknownKey(key));
+        }
+        let (vendor, pattern) = variables.split_once(':').ok_or(Kind::BadPattern { key })?;
+        let guid = match vendor {
+            "*" => None,
+            text => Some(Guid::try_parse(text).map_err(|_| Kind::BadPattern { key })?),
+        };
+        let pattern = pattern.try_into().ok().filter(|_| !pattern.is_empty());
+        let pattern = pattern.ok_or(Kind::BadPattern { key })?;
+        if self.policies.add(Rule { service, guid, pattern, policy }) {
+            Ok(())
+        } else {
+            Err(Kind::TooMany { key, limit: RULES_MAX })
+        }
+    }
 }
 
-/// The keys that were set.
+/// Keys that may be set once.
+const KEYS: [&str; 9] = [
+    "log",
+    "sandbox.budget-ms",
+    "sandbox.budget-exits",
+    "sandbox.on-death",
+    "sandbox.denied-ports",
+    "sandbox.denied-msrs",
+    "smm.handlers",
+    "smm.guest",
+    "unlock.pcr",
+];
+const LEVELS: [(&str, LevelFilter); 5] = [
+    ("error", LevelFilter::Error),
+    ("warn", LevelFilter::Warn),
+    ("info", LevelFilter::Info),
+    ("debug", LevelFilter::Debug),
+    ("trace", LevelFilter::Trace),
+];
+const DENIED: [(&str, Denied); 2] = [("ignore", Denied::Ignore), ("stop", Denied::Stop)];
+
+/// What was set.
+#[derive(Default)]
 struct Seen {
-    log: bool,
-    budget: bool,
+    keys: [bool; KEYS.len()],
     services: [bool; COUNT],
 }
 
-fn level(value: &str) -> Option<LevelFilter> {
-    Some(match value {
-        "error" => LevelFilter::Error,
-        "warn" => LevelFilter::Warn,
-        "info" => LevelFilter::Info,
-        "debug" => LevelFilter::Debug,
-        "trace" => LevelFilter::Trace,
-        _ => return None,
-    })
+/// A line that has both of its sides.
+#[derive(Clone, Copy)]
+struct Line<'a> {
+    key: &'a str,
+    value: &'a str,
 }
 
-fn policy<'a>(service: Service, key: &'a str, value: &'a str) -> Result<Policy, ConfigErrorKind<'a>> {
-    let expected = if service.supported() { "sandbox or deny" } else { "deny" };
-    match value {
-        "deny" => Ok(Policy::Deny),
-        "sandbox" if service.supported() => Ok(Policy::Sandbox),
-        "sandbox" | "deferred" | "locked" | "native" | "relaunch" => {
-            Err(ConfigErrorKind::NotSupportedYet { key, value, expected })
-        }
-        _ => Err(ConfigErrorKind::BadValue { key, value, expected }),
+impl<'a> Line<'a> {
+    fn bad(self, expected: &'static str) -> ConfigErrorKind<'a> {
+        ConfigErrorKind::BadValue { key: self.key, value: self.value, expected }
     }
+
+    fn one_of<T: Copy>(self, words: &[(&str, T)], expected: &'static str) -> Result<T, ConfigErrorKind<'a>> {
+        words.iter().find(|(word, _)| *word == self.value).map(|(_, t)| *t).ok_or(self.bad(expected))
+    }
+
+    fn number(self, expected: &'static str, limits: RangeInclusive<u32>) -> Result<u32, ConfigErrorKind<'a>> {
+        let Self { key, value } = self;
+        if !value.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(self.bad(expected));
+        }
+        let (min, max) = (*limits.start(), *limits.end());
+        let number = value.parse().ok().filter(|n| limits.contains(n));
+        number.ok_or(ConfigErrorKind::OutOfRange { key, value, min, max })
+    }
+
+    fn policy(self, service: Service) -> Result<Policy, ConfigErrorKind<'a>> {
+        let Self { key, value } = self;
+        let expected = if service.supported() { "sandbox, locked or deny" } else { "deny" };
+        match value {
+            "deny" => Ok(Policy::Deny),
+            "sandbox" if service.supported() => Ok(Policy::Sandbox),
+            "locked" if service.supported() => Ok(Policy::Locked),
+            "sandbox" | "locked" | "deferred" | "native" | "relaunch" => {
+                Err(ConfigErrorKind::NotSupportedYet { key, value, expected })
+            }
+            _ => Err(self.bad(expected)),
+        }
+    }
+
+    /// `variables`, `any`, `none`, or GUIDs with commas between them.
+    fn smm_policy(self) -> Result<SmmPolicy, ConfigErrorKind<'a>> {
+        let default = SmmPolicy::default();
+        let handlers = match self.value {
+            "variables" => return Ok(default),
+            "any" => return Ok(SmmPolicy { handlers: Handlers::Any, command: None }),
+            "none" => Handlers::Only(Vec::new()),
+            list => {
+                let mut handlers = Vec::new();
+                for guid in list.split(',') {
+                    let expected = "variables, any, none, or GUIDs with commas between them";
+                    let guid = Guid::try_parse(guid.trim()).map_err(|_| self.bad(expected))?;
+                    let room = ConfigErrorKind::TooMany { key: self.key, limit: LISTED_MAX };
+                    handlers.push(guid).map_err(|_| room)?;
+                }
+                Handlers::Only(handlers)
+            }
+        };
+        Ok(SmmPolicy { handlers, ..default })
+    }
+}
+
+/// `0x…`.
+fn hexadecimal(text: &str) -> Option<u32> {
+    let digits = text.strip_prefix("0x").filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()))?;
+    u32::from_str_radix(digits, 16).ok()
+}
+
+/// `0x…` or `0x…-0x…`.
+fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let port = |text| hexadecimal(text).and_then(|n| u16::try_from(n).ok());
+    let (first, last) = (port(first)?, port(last)?);
+    (first <= last).then_some(first..=last)
 }
 
 #[cfg(test)]
@@ -265,21 +470,43 @@ mod tests {
             assert_eq!(Config::parse(file.as_bytes()), Ok(Config::default()), "{file:?}");
         }
         let c = Config::default();
-        assert_eq!((c.log, c.budget_ms), (LevelFilter::Info, 10_000));
-        assert_eq!(c.policy(Service::SetVariable), Policy::Sandbox);
-        assert_eq!(c.policy(Service::UpdateCapsule), Policy::Deny);
-        assert_eq!(c.rt_properties(), 0x3fff & !0x100 & !0x800 & !0x1000);
+        assert_eq!((c.log, c.sandbox.budget_ms), (LevelFilter::Info, 10_000));
+        assert_eq!(c.policies.service(Service::SetVariable), Policy::Sandbox);
+        assert_eq!(c.policies.service(Service::UpdateCapsule), Policy::Deny);
+        assert_eq!(c.policies.rt_properties(), 0x3fff & !0x100 & !0x800 & !0x1000);
+        assert_eq!((c.guest_smi, c.unlock_pcr), (false, 22));
     }
 
     #[test]
     fn every_key_is_read() {
         let file = "log=debug\r\nsandbox.budget-ms = 500\nservice.SetTime = deny\n  # é in a comment\n\
-                    service.GetTime =sandbox";
+                    service.GetTime =sandbox\nservice.SetVariable = locked\n\
+                    service.SetVariable.8be4df61-93ca-11d2-aa0d-00e098032b8c:BootOrder = sandbox\n\
+                    service.GetVariable.*:Secret? = deny\n\
+                    sandbox.budget-exits = 5000\nsandbox.on-death = restart\nsandbox.denied-ports = stop\n\
+                    sandbox.denied-msrs = ignore\nsandbox.port.0xcf9 = byte\nsandbox.port.0x400-0x47f = dword\n\
+                    sandbox.msr.0x1b = read\nsmm.handlers = none\nsmm.guest = allow\nunlock.pcr = 20";
         let c = Config::parse(file.as_bytes()).unwrap();
-        assert_eq!((c.log, c.budget_ms), (LevelFilter::Debug, 500));
-        assert_eq!(c.policy(Service::SetTime), Policy::Deny);
-        assert_eq!(c.policy(Service::GetTime), Policy::Sandbox);
-        assert_eq!(c.rt_properties() & 3, 1);
+        assert_eq!((c.log, c.sandbox.budget_ms), (LevelFilter::Debug, 500));
+        let p = &c.policies;
+        assert_eq!(p.service(Service::SetTime), Policy::Deny);
+        assert_eq!(p.service(Service::GetTime), Policy::Sandbox);
+        assert_eq!(p.service(Service::SetVariable), Policy::Locked);
+        assert_eq!(p.rt_properties() & 3, 1);
+        let rules: std::vec::Vec<_> = p.rules().iter().map(|r| (r.pattern.as_str(), r.policy)).collect();
+        assert_eq!(rules, [("BootOrder", Policy::Sandbox), ("Secret?", Policy::Deny)]);
+        let s = &c.sandbox;
+        assert_eq!((s.budget_exits, s.on_death), (5000, OnDeath::Restart));
+        assert_eq!((s.denied_ports, s.denied_msrs), (Denied::Stop, Denied::Ignore));
+        let ports =
+            [PortRange { ports: 0xcf9..=0xcf9, width: 1 }, PortRange { ports: 0x400..=0x47f, width: 4 }];
+        assert_eq!((s.ports.as_slice(), s.msrs.as_slice()), (ports.as_slice(), [0x1b].as_slice()));
+        assert_eq!(c.smm.handlers, Handlers::Only(Vec::new()));
+        assert_eq!((c.guest_smi, c.unlock_pcr), (true, 20));
+        let list =
+            b"smm.handlers = ed32d533-99e6-4209-9cc0-2d72cdd998a7, 68e8c853-2ba9-4dd7-9ac0-91e16155c935";
+        let Handlers::Only(list) = Config::parse(list).unwrap().smm.handlers else { panic!("any") };
+        assert_eq!(list.len(), 2);
     }
 
     #[test]
@@ -301,13 +528,25 @@ mod tests {
             (
                 "service.SetVariable = deferred",
                 "configuration line 1: service.SetVariable = deferred: not supported yet; \
-                 this version takes sandbox or deny",
+                 this version takes sandbox, locked or deny",
             ),
             (
                 "service.UpdateCapsule = sandbox",
                 "configuration line 1: service.UpdateCapsule = sandbox: not supported yet; \
                  this version takes deny",
             ),
+            (
+                "service.SetVariable.Boot = deny",
+                "configuration line 1: \"service.SetVariable.Boot\": expected <GUID or *>:<name>, the name 1 to 64 \
+                 characters long",
+            ),
+            ("service.GetTime.*:A = deny", "configuration line 1: unknown key \"service.GetTime.*:A\""),
+            (
+                "sandbox.port.0x10000 = byte",
+                "configuration line 1: \"sandbox.port.0x10000\": expected a port 0x0 to 0xffff, or first-last",
+            ),
+            ("unlock.pcr = 17", "configuration line 1: unlock.pcr = 17: limit 18 to 22"),
+            ("sandbox.msr.0x1b = write", "configuration line 1: sandbox.msr.0x1b = \"write\": expected read"),
             ("service.Nothing = deny", "configuration line 1: unknown key \"service.Nothing\""),
             ("log", "configuration line 1: \"log\" is not \"key = value\""),
             ("log =", "configuration line 1: \"log =\" is not \"key = value\""),
@@ -322,7 +561,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_file_panics_and_messages_stay_printable(file: Vec<u8>) {
+        fn no_file_panics_and_messages_stay_printable(file: std::vec::Vec<u8>) {
             if let Err(e) = Config::parse(&file) {
                 prop_assert!(e.to_string().bytes().all(|b| matches!(b, b' '..=b'~' | b'\t')));
             }

@@ -15,6 +15,7 @@ pub mod config;
 pub mod linux;
 pub mod measure;
 pub mod memmap;
+pub mod policy;
 pub mod sandbox;
 pub mod service;
 pub mod smm;

@@ -7,7 +7,7 @@ use core::fmt;
 
 use hv::vcpu::{Access, Exit};
 
-use crate::config::Config;
+use crate::config::{Config, Denied, OnDeath, PortRange, SandboxConfig};
 
 /// Index port of the real-time clock.
 const RTC_INDEX: u16 = 0x70;
@@ -29,6 +29,11 @@ pub enum Reason {
         /// Time it was allowed.
         limit_us: u64,
     },
+    /// A call made more exits than it may.
+    Exits {
+        /// How many it may make.
+        limit: u32,
+    },
     /// It reached for memory that it does not have.
     Memory {
         /// Physical address.
@@ -42,6 +47,18 @@ pub enum Reason {
         index: u32,
         /// WRMSR rather than RDMSR.
         write: bool,
+    },
+    /// It used a port that it may not.
+    Port {
+        /// Port number.
+        port: u16,
+        /// IN rather than OUT.
+        input: bool,
+    },
+    /// It raised a software SMI that it may not.
+    Smi {
+        /// The command byte.
+        command: u8,
     },
     /// It used a string instruction on a port.
     StringPort(u16),
@@ -75,6 +92,11 @@ impl fmt::Display for Reason {
             Self::Budget { used_us, limit_us } => {
                 write!(f, "call took {} ms, budget {} ms", used_us / 1000, limit_us / 1000)
             }
+            Self::Exits { limit } => write!(f, "call made more than {limit} exits"),
+            Self::Port { port, input } => {
+                write!(f, "tried to {} port {port:#x}", if input { "read" } else { "write" })
+            }
+            Self::Smi { command } => write!(f, "asked for an SMI it may not raise, command {command:#x}"),
             Self::Memory { gpa, access } => {
                 let verb = match access {
                     Access::Read => "read",
@@ -108,7 +130,7 @@ pub enum State {
         /// When it started.
         since_us: u64,
     },
-    /// No call will ever run again.
+    /// No call runs until [`Sandbox::revive`].
     Dead(Reason),
 }
 
@@ -132,6 +154,8 @@ pub enum Verdict {
     PassPort,
     /// IN reads all ones, OUT is dropped; advance, run on.
     DenyPort,
+    /// RDMSR reads all ones, WRMSR is dropped; advance, run on.
+    DenyMsr,
     /// Raise a software SMI with this command byte, advance, run on.
     RaiseSmi {
         /// The byte written to [`SMI_COMMAND`].
@@ -154,6 +178,10 @@ pub struct Counters {
     pub smis: u64,
     /// Port accesses denied.
     pub denied_ports: u64,
+    /// MSR accesses denied, but for a last one that killed the sandbox.
+    pub denied_msrs: u64,
+    /// How often it was made anew.
+    pub restarts: u64,
     /// The port denied last.
     pub last_denied_port: Option<u16>,
     /// Longest call, in microseconds.
@@ -164,8 +192,9 @@ pub struct Counters {
 #[derive(Debug)]
 pub struct Sandbox {
     state: State,
-    limit_us: u64,
+    config: SandboxConfig,
     pm_timer: Option<u16>,
+    exits: u32,
     counters: Counters,
 }
 
@@ -173,8 +202,12 @@ impl Sandbox {
     /// A sandbox that is ready. `pm_timer` is the port of the ACPI timer, which firmware waits with and
     /// may read: see [`crate::acpi::pm_timer`].
     pub fn new(config: &Config, pm_timer: Option<u16>) -> Self {
-        let limit_us = u64::from(config.budget_ms).saturating_mul(1000);
-        Self { state: State::Ready, limit_us, pm_timer, counters: Counters::default() }
+        let config = config.sandbox.clone();
+        Self { state: State::Ready, config, pm_timer, exits: 0, counters: Counters::default() }
+    }
+
+    fn limit_us(&self) -> u64 {
+        u64::from(self.config.budget_ms).saturating_mul(1000)
     }
 
     /// Whether calls may start.
@@ -190,7 +223,7 @@ impl Sandbox {
     /// When the running call's budget ends: the moment a timer of the host must stop it.
     pub fn deadline_us(&self) -> Option<u64> {
         match self.state {
-            State::Running { since_us } => Some(since_us.saturating_add(self.limit_us)),
+            State::Running { since_us } => Some(since_us.saturating_add(self.limit_us())),
             State::Ready | State::Dead(_) => None,
         }
     }
@@ -200,6 +233,7 @@ impl Sandbox {
         match self.state {
             State::Ready => {
                 self.state = State::Running { since_us: now_us };
+                self.exits = 0;
                 bump(&mut self.counters.calls);
                 Ok(())
             }
@@ -213,10 +247,27 @@ impl Sandbox {
         self.state = State::Dead(reason);
     }
 
+    /// Makes a dead sandbox ready, if the configuration wants that: its memory and CPU are as they were at launch.
+    /// False when it is to stay dead.
+    pub fn revive(&mut self) -> bool {
+        let restart = self.config.on_death == OnDeath::Restart;
+        if restart && matches!(self.state, State::Dead(_)) {
+            self.state = State::Ready;
+            bump(&mut self.counters.restarts);
+        }
+        restart
+    }
+
+    /// Exits of the call that runs, or ran last.
+    pub fn exits(&self) -> u32 {
+        self.exits
+    }
+
     /// Decides about an exit of the running call. `at_return`: RIP is at the hypercall that the call was
     /// to return to. `al`: the low byte of RAX, which OUT writes.
     pub fn exit(&mut self, exit: &Exit, at_return: bool, al: u8, now_us: u64) -> Verdict {
         bump(&mut self.counters.exits);
+        self.exits = self.exits.saturating_add(1);
         let used_us = match self.state {
             State::Running { since_us } => now_us.saturating_sub(since_us),
             State::Ready => return Verdict::Stop(Reason::Cpu { code: u64::MAX }),
@@ -229,8 +280,13 @@ impl Sandbox {
             self.state = State::Ready;
             return verdict;
         }
-        if used_us > self.limit_us && !matches!(verdict, Verdict::Stop(_)) {
-            verdict = Verdict::Stop(Reason::Budget { used_us, limit_us: self.limit_us });
+        let (limit_us, limit) = (self.limit_us(), self.config.budget_exits);
+        if !matches!(verdict, Verdict::Stop(_)) {
+            if used_us > limit_us {
+                verdict = Verdict::Stop(Reason::Budget { used_us, limit_us });
+            } else if self.exits > limit {
+                verdict = Verdict::Stop(Reason::Exits { limit });
+            }
         }
         match verdict {
             Verdict::Stop(reason) => self.state = State::Dead(reason),
@@ -241,6 +297,7 @@ impl Sandbox {
                     self.counters.last_denied_port = Some(*port);
                 }
             }
+            Verdict::DenyMsr => bump(&mut self.counters.denied_msrs),
             _ => {}
         }
         verdict
@@ -255,6 +312,9 @@ impl Sandbox {
             Exit::Port { port, size, input, .. } => self.port(port, size, input, al),
             Exit::Hypercall if at_return => Verdict::Return,
             Exit::Hypercall => stop(Reason::Hypercall),
+            Exit::MsrRead { .. } | Exit::MsrWrite { .. } if self.config.denied_msrs == Denied::Ignore => {
+                Verdict::DenyMsr
+            }
             Exit::MsrRead { index } => stop(Reason::Msr { index, write: false }),
             Exit::MsrWrite { index, .. } => stop(Reason::Msr { index, write: true }),
             Exit::Memory { gpa, access, .. } => stop(Reason::Memory { gpa, access }),
@@ -273,9 +333,17 @@ impl Sandbox {
             (RTC_INDEX | RTC_DATA | SMI_DATA, 1, _) | (SMI_COMMAND, 1, true) => Verdict::PassPort,
             (SMI_COMMAND, 1, false) => Verdict::RaiseSmi { command: al },
             (p, 4, true) if Some(p) == self.pm_timer => Verdict::PassPort,
+            _ if self.config.ports.iter().any(|r| r.width == size && whole(r, port)) => Verdict::PassPort,
+            _ if self.config.denied_ports == Denied::Stop => Verdict::Stop(Reason::Port { port, input }),
             _ => Verdict::DenyPort,
         }
     }
+}
+
+/// Whether an access of the range's width at `port` stays in the range.
+fn whole(range: &PortRange, port: u16) -> bool {
+    let last = port.checked_add(u16::from(range.width).saturating_sub(1));
+    range.ports.contains(&port) && last.is_some_and(|last| range.ports.contains(&last))
 }
 
 fn bump(counter: &mut u64) {
@@ -357,6 +425,45 @@ mod tests {
         let mut s = Sandbox::new(&Config::default(), None);
         s.start(0).unwrap();
         assert_eq!(s.exit(&port(0x608, 4, true), false, 0, 0), Verdict::DenyPort);
+    }
+
+    #[test]
+    fn the_configuration_opens_ports_whole() {
+        let config = Config::parse(b"sandbox.port.0x400-0x405 = dword\nsandbox.denied-ports = stop").unwrap();
+        let mut s = Sandbox::new(&config, None);
+        s.start(0).unwrap();
+        assert_eq!(s.exit(&port(0x402, 4, true), false, 0, 0), Verdict::PassPort);
+        assert_eq!(s.exit(&port(0xb2, 1, true), false, 0, 0), Verdict::PassPort);
+        let reason = Reason::Port { port: 0x403, input: true };
+        assert_eq!(s.exit(&port(0x403, 4, true), false, 0, 0), Verdict::Stop(reason));
+        assert_eq!(reason.to_string(), "tried to read port 0x403");
+    }
+
+    #[test]
+    fn a_call_has_a_budget_of_exits() {
+        let mut s = Sandbox::new(&Config::parse(b"sandbox.budget-exits = 1000").unwrap(), None);
+        s.start(0).unwrap();
+        for _ in 0..1000 {
+            assert_eq!(s.exit(&Exit::Cpuid, false, 0, 0), Verdict::Cpuid);
+        }
+        let reason = Reason::Exits { limit: 1000 };
+        assert_eq!(s.exit(&Exit::Cpuid, false, 0, 0), Verdict::Stop(reason));
+        assert_eq!(reason.to_string(), "call made more than 1000 exits");
+    }
+
+    #[test]
+    fn only_the_configuration_brings_the_dead_back() {
+        let mut s = running();
+        s.kill(Reason::Halt);
+        assert!(!s.revive());
+        assert_eq!(s.start(0), Err(NotReady::Dead(Reason::Halt)));
+        let config = Config::parse(b"sandbox.on-death = restart\nsandbox.denied-msrs = ignore").unwrap();
+        let mut s = Sandbox::new(&config, None);
+        s.kill(Reason::Halt);
+        assert!(s.revive());
+        assert_eq!((s.start(0), s.counters().restarts), (Ok(()), 1));
+        assert_eq!(s.exit(&Exit::MsrRead { index: 0x1b }, false, 0, 0), Verdict::DenyMsr);
+        assert_eq!(s.counters().denied_msrs, 1);
     }
 
     #[test]

@@ -260,7 +260,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let scratch_at = pool.pages(boot::SMBIOS_AREA / PAGE_SIZE).ok_or(LaunchError::OutOfMemory("SMBIOS"))?;
     // SAFETY: fresh pages of the pool, used as this buffer alone.
     let scratch: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(scratch_at as *mut u8, scratch) };
-    boot::write_efi(&layout, &tables, &map, &acpi, config.rt_properties(), scratch, &mem)?;
+    boot::write_efi(&layout, &tables, &map, &acpi, config.policies.rt_properties(), scratch, &mem)?;
     // SAFETY: the area is free guest memory that the layout chose for these tables; nothing else uses it yet.
     let start = boot::write(&layout, &inputs, &kernel, &mem, |area| unsafe { PagePool::new(area) })?;
 
@@ -317,15 +317,17 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let none = || LaunchError::OutOfMemory("the sandbox");
     let sandbox_tables = Tables::new(&NPT, 4, features.largest, &mut pool)?;
     space.map_view(View::Sandbox, &sandbox_tables, &mut pool)?;
-    let closed_msrs = pool.pages(2).ok_or_else(none)?;
-    let closed_ports = pool.pages(3).ok_or_else(none)?;
-    // SAFETY: fresh pages, whole; filled with ones: every MSR and every port exits.
-    unsafe {
-        core::ptr::write_bytes(closed_msrs as *mut u8, 0xff, size_of::<Msrpm>());
-        core::ptr::write_bytes(closed_ports as *mut u8, 0xff, size_of::<Iopm>());
-    }
-    let sandbox_vm =
-        VmTables { msrpm: closed_msrs, iopm: closed_ports, nested_root: sandbox_tables.root(), asid: 2 };
+    let sandbox_msrs: &mut Msrpm = pool.object().ok_or_else(none)?;
+    sandbox_msrs.close();
+    config.sandbox.msrs.iter().for_each(|&index| sandbox_msrs.allow_read(index));
+    let sandbox_ports: &mut Iopm = pool.object().ok_or_else(none)?;
+    sandbox_ports.close();
+    let sandbox_vm = VmTables {
+        msrpm: &raw const *sandbox_msrs as u64,
+        iopm: &raw const *sandbox_ports as u64,
+        nested_root: sandbox_tables.root(),
+        asid: 2,
+    };
     let parts = services::Parts {
         gate: Gate::new(&config, layout.thunks, layout.tables),
         state: Sandbox::new(&config, acpi::pm_timer(&mem, &acpi)),

@@ -25,6 +25,7 @@ use zerocopy::IntoBytes;
 
 use crate::cpu::{Cpu, FpuArea};
 use crate::guest::cpuid;
+use crate::guest::exits::TWO_BYTES;
 use crate::guest::walk::GuestView;
 use crate::metal::{Identity, Ports, TscClock};
 use crate::{paging, run};
@@ -277,10 +278,18 @@ impl Services {
                     let [a, b, c, d] = cpuid::cpuid(leaf, subleaf, &v.control(), crate::cpu::native_cpuid);
                     let g = v.gprs_mut();
                     (g.rax, g.rbx, g.rcx, g.rdx) = (a.into(), b.into(), c.into(), d.into());
-                    v.advance(2);
+                    v.advance(TWO_BYTES);
                 }
                 Verdict::PassPort => port_access(&mut parts.vcpu, exit, Some(ports)),
                 Verdict::DenyPort => port_access(&mut parts.vcpu, exit, None),
+                Verdict::DenyMsr => {
+                    let v = &mut parts.vcpu;
+                    if matches!(exit, Exit::MsrRead { .. }) {
+                        let all_ones = u64::from(u32::MAX);
+                        (v.gprs_mut().rax, v.gprs_mut().rdx) = (all_ones, all_ones);
+                    }
+                    v.advance(TWO_BYTES);
+                }
                 Verdict::RaiseSmi { .. } => {
                     port_access(&mut parts.vcpu, exit, Some(ports));
                     cpu.let_pending_in();

@@ -22,9 +22,18 @@ impl Msrpm {
         Self([0; 0x2000])
     }
 
-    /// A map under which all do (the sandbox).
-    pub const fn closed() -> Self {
-        Self([0xff; 0x2000])
+    /// Makes all of them exit (the sandbox).
+    pub fn close(&mut self) {
+        self.0.fill(0xff);
+    }
+
+    /// Lets RDMSR of an MSR through. Those outside the map exit all the same.
+    pub fn allow_read(&mut self, index: u32) {
+        if let Some((byte, bit)) = Self::position(index)
+            && let Some(slot) = self.0.get_mut(byte)
+        {
+            *slot &= !1u8.checked_shl(bit).unwrap_or(0);
+        }
     }
 
     /// Byte and bit of an MSR's read bit; `None` for MSRs outside the three ranges.
@@ -75,9 +84,9 @@ impl Iopm {
         Self([0; 0x3000])
     }
 
-    /// A map under which all do (the sandbox).
-    pub const fn closed() -> Self {
-        Self([0xff; 0x3000])
+    /// Makes all of them exit (the sandbox).
+    pub fn close(&mut self) {
+        self.0.fill(0xff);
     }
 
     /// Makes a port exit, also when it is a part of a wider access.
@@ -121,12 +130,22 @@ mod tests {
     }
 
     #[test]
+    fn a_closed_map_lets_through_what_is_allowed_to_be_read() {
+        let mut m = Msrpm::open();
+        m.close();
+        m.allow_read(0x1b);
+        assert_eq!(m.intercepts(0x1b), (false, true));
+        assert_eq!((m.intercepts(0x1a), m.intercepts(0x1c)), ((true, true), (true, true)));
+    }
+
+    #[test]
     fn a_wide_access_that_touches_the_port_exits() {
         let mut m = Iopm::open();
         m.intercept(0xb2);
         assert!(m.intercepts(0xb2, 1) && m.intercepts(0xb0, 4) && m.intercepts(0xb1, 2));
         assert!(!m.intercepts(0xb3, 1) && !m.intercepts(0xb0, 2));
         assert!(!m.intercepts(0xffff, 4));
-        assert!(Iopm::closed().intercepts(0xffff, 4));
+        m.close();
+        assert!(m.intercepts(0xffff, 4));
     }
 }

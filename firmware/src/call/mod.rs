@@ -24,8 +24,9 @@ use results::{give, status};
 pub use uefi_raw::{Guid, Status, guid};
 use zerocopy::{FromZeros, IntoBytes};
 
-use crate::config::{Config, Policy};
+use crate::config::Config;
 use crate::memmap::{DESCRIPTOR_VERSION, Descriptor, MAX_DESCRIPTOR_SIZE, MAX_GUEST_DESCRIPTORS};
+use crate::policy::Policy;
 use crate::service::{COUNT, Service};
 
 /// A guest's memory by virtual address, translated by the page tables in force when it called.
@@ -189,7 +190,7 @@ pub struct Gate {
 impl Gate {
     /// `thunks` and `tables` are our runtime regions in the guest's memory map.
     pub fn new(config: &Config, thunks: PhysRange, tables: PhysRange) -> Self {
-        let allowed = Service::ALL.map(|s| s.supported() && config.policy(s) == Policy::Sandbox);
+        let allowed = Service::ALL.map(|s| s.supported() && config.policies.service(s) == Policy::Sandbox);
         Self { allowed, ours: [thunks, tables], virtual_mode: false }
     }
 

@@ -66,7 +66,7 @@ pub enum Next {
 }
 
 /// Length of CPUID, RDMSR, WRMSR and INVD without prefixes, where the CPU does not tell.
-const TWO_BYTES: u64 = 2;
+pub const TWO_BYTES: u64 = 2;
 
 /// Answers `exit`. `apic` is the address of the APIC page while it is watched.
 pub fn answer(vcpu: &mut impl Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<u64>) -> Next {
