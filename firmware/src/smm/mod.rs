@@ -4,5 +4,6 @@
 //! say how far it is locked down ([`facts`]), to let the sandbox ask of it only what the policy allows
 //! ([`communicate`]), and to look for damage after it ran ([`check`]). See `docs/smm.md`.
 
+pub mod check;
 pub mod communicate;
 pub mod facts;

@@ -151,6 +151,45 @@ fn a_second_structure_leaves_none_to_believe() {
     assert!(matches!(find_core_private(&firmware.0, &[gone]), Err(CommunicateError::Unreadable { .. })));
 }
 
+/// As OVMF (202211, SMM) leaves it at its shell, in a region of runtime code; the buffer is the last one it used.
+#[test]
+fn a_real_firmwares_structure_and_call_are_understood() {
+    let ram = Ram::new(0x1e6d_6000, 0x1000);
+    let structure = words(&[
+        0x636d_6d73,
+        0x1d9c_4498,
+        3,
+        0x1d9b_8b98,
+        0x1fff_8f1f,
+        1,
+        0x1fff_d360,
+        0,
+        0x69,
+        0,
+        0x1fff_5000,
+        0xa000,
+        0x1fff_be72,
+    ]);
+    assert!(ram.write(0x1e6d_6140, &structure));
+    let region = PhysRange::new(0x1e6d_6000, 0x1000).unwrap();
+    let private = find_core_private(&ram, &[region]).unwrap().unwrap();
+    assert_eq!((private.address(), private.pending(&ram, &[region])), (0x1e6d_6140, Ok(None)));
+    let payload = [
+        &words(&[1, 0])[..],
+        &GLOBAL_BYTES,
+        &words(&[3, 0x1a]),
+        &[7, 0, 0, 0],
+        &wide("PlatformLang"),
+        &[0; 3],
+    ];
+    let call = message(&VARIABLE_BYTES, &payload.concat());
+    assert_eq!((call.len(), call[16]), (0x69, 0x51));
+    assert!(ram.write(0x1e6d_6800, &call));
+    assert!(ram.write(0x1e6d_6140 + 56, &0x1e6d_6800u64.to_le_bytes()));
+    let request = private.pending(&ram, &[region]).unwrap().unwrap();
+    assert_eq!(request.to_string(), "SMM GetVariable PlatformLang-8be4df61-93ca-11d2-aa0d-00e098032b8c");
+}
+
 #[test]
 fn nothing_pending_is_no_request() {
     assert_eq!(Firmware::new().pending(), Ok(None));

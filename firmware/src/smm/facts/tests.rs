@@ -71,22 +71,22 @@ impl Machine {
         self
     }
 
-    /// QEMU's Q35 as OVMF with SMM leaves it, with its EPYC: no AMD SMM registers, SMIs counted.
+    /// Q35 as QEMU 7.2 and OVMF (202211, SMM) leave it, with the EPYC of QEMU: no AMD SMM registers, SMIs counted.
     fn qemu() -> Self {
         let mut m = Self::default().vendor(b"AuthenticAMD", 1 << 31);
         m.cpuid.insert(0x4000_0000, leaf(b"TCGTCGTCGTCG", [1, 2, 3]));
         m.msrs.extend([(0x34, 0x123), (0xc001_0015, 0), (0xc001_0112, 0), (0xc001_0113, 0)]);
         m.pci.extend([
             ((0, 0), 0x29c0_8086),
-            ((0, 0x9c), 0x0007_1a00),
-            ((0, 0x50), 0x0000_0010),
+            ((0, 0x9c), 0x003f_1a02),
+            ((0, 0x50), 0x0002_0010),
             ((0xf8, 0), 0x2918_8086),
             ((0xf8, 0x40), 0x0601),
             ((0xf8, 0x44), 0x80),
-            ((0xf8, 0xa0), 0x0210),
+            ((0xf8, 0xa0), 0x0010),
             ((0xf8, 0xdc), 0),
         ]);
-        m.ports.insert(0x630, 0x23);
+        m.ports.insert(0x630, 0x21);
         m
     }
 
@@ -137,7 +137,7 @@ fn an_emulated_q35_says_what_it_knows() {
             "SMM TSEG (CPU): unknown",
             "SMM SMI intercept: in force",
             "SMM SMRAM lock: protected, SMRAMC 0x1a",
-            "SMM TSEG: protected, ESMRAMC 0x7, 16 MiB",
+            "SMM TSEG: protected, ESMRAMC 0x3f, 16 MiB",
             "SMM SMI enables: protected, SMI_EN 0x21",
             "SMM SMI lock: protected, GEN_PMCON_1 0x10",
             "SMM flash lock: not protected, BIOS_CNTL 0x0",
@@ -215,14 +215,14 @@ fn an_unknown_cpu_is_not_asked() {
 fn each_protection_is_seen_to_be_missing() {
     type Break = fn(&mut Machine);
     let cases: [(Kind, State, Break); 11] = [
-        (Kind::SmramLock, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x0007_0a00),
-        (Kind::SmramLock, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x0007_5a00),
-        (Kind::Tseg, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x0006_1a00),
-        (Kind::Tseg, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x0007_0a00),
+        (Kind::SmramLock, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x003f_0a02),
+        (Kind::SmramLock, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x003f_5a02),
+        (Kind::Tseg, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x003e_1a02),
+        (Kind::Tseg, State::Open, |m| *m.pci.get_mut(&(0, 0x9c)).unwrap() = 0x003f_0a02),
         (Kind::SmiEnable, State::Open, |m| *m.ports.get_mut(&0x630).unwrap() = 0x22),
         (Kind::SmiEnable, State::Unknown, |m| *m.pci.get_mut(&(0xf8, 0x44)).unwrap() = 0),
         (Kind::SmiEnable, State::Unknown, |m| *m.pci.get_mut(&(0xf8, 0x40)).unwrap() = 1),
-        (Kind::SmiLock, State::Open, |m| *m.pci.get_mut(&(0xf8, 0xa0)).unwrap() = 0x200),
+        (Kind::SmiLock, State::Open, |m| *m.pci.get_mut(&(0xf8, 0xa0)).unwrap() = 0),
         (Kind::FlashLock, State::Protected, |m| *m.pci.get_mut(&(0xf8, 0xdc)).unwrap() = 0x2a),
         (Kind::FlashLock, State::Open, |m| *m.pci.get_mut(&(0xf8, 0xdc)).unwrap() = 0x2b),
         (Kind::SmramLock, State::Unknown, |m| *m.pci.get_mut(&(0, 0)).unwrap() = 0x29c1_8086),
@@ -243,7 +243,7 @@ fn what_changes_at_run_time_is_not_measured() {
     let before = machine.facts(None).measured();
     machine.msrs.insert(0x34, 0x999);
     machine.ports.insert(0x630, 0xe1);
-    machine.pci.insert((0xf8, 0xa0), 0x0010);
+    machine.pci.insert((0xf8, 0xa0), 0x0210);
     assert_eq!(machine.facts(None).measured(), before);
     let mut amd = Machine::amd();
     let before = amd.facts(None).measured();
