@@ -12,6 +12,7 @@
 pub mod acpi;
 pub mod call;
 pub mod config;
+pub mod exposure;
 pub mod linux;
 pub mod measure;
 pub mod memmap;

@@ -143,6 +143,16 @@ impl core::fmt::Display for Digest {
 pub struct Digests(pub(crate) Vec<Digest, MAX_BANKS>);
 
 impl Digests {
+    /// None at all.
+    pub const fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// [`Digest::zero`] in every bank: what the banks hold of a dynamic PCR right after the DRTM event.
+    pub fn zero(banks: &[Bank]) -> Self {
+        Self(banks.iter().copied().map(Digest::zero).take(MAX_BANKS).collect())
+    }
+
     /// [`Digest::cap`] in every bank.
     pub fn cap(banks: &[Bank]) -> Self {
         Self(banks.iter().copied().map(Digest::cap).take(MAX_BANKS).collect())

@@ -10,6 +10,8 @@ use crate::reader::Reader;
 
 /// Event type that is logged and never extended.
 pub const EV_NO_ACTION: u32 = 3;
+/// Event type of data that begins with an identifier of its format and its size.
+pub const EV_EVENT_TAG: u32 = 6;
 
 const SIGNATURE: [u8; 16] = *b"Spec ID Event03\0";
 /// The PCR, type, SHA-1 digest (of nothing: zeros) of the first record.
@@ -95,6 +97,28 @@ fn full(need: usize, have: usize) -> Error {
     Error::LogFull { need: cut(need), have: cut(have) }
 }
 
+/// Most bytes of [`event_head`]: PCR, type, digest count, digests, event size.
+pub const EVENT_HEAD_MAX: usize = 16 + MAX_BANKS * (2 + MAX_DIGEST);
+
+/// See [`event_head`].
+pub type EventHead = heapless::Vec<u8, EVENT_HEAD_MAX>;
+
+/// A TCG_PCR_EVENT2 up to its event data, of which there are `event_size` bytes.
+pub fn event_head(pcr: u32, event_type: u32, digests: &Digests, event_size: u32) -> EventHead {
+    let mut head = EventHead::new();
+    // All of it fits: there are no more digests than banks, and no longer ones.
+    let mut put = |bytes: &[u8]| drop(head.extend_from_slice(bytes));
+    put(&pcr.to_le_bytes());
+    put(&event_type.to_le_bytes());
+    put(&(digests.as_slice().len() as u32).to_le_bytes());
+    for digest in digests.as_slice() {
+        put(&digest.alg().0.to_le_bytes());
+        put(digest.as_bytes());
+    }
+    put(&event_size.to_le_bytes());
+    head
+}
+
 /// Writes a log into the caller's buffer.
 pub struct LogWriter<'a> {
     out: Cursor<'a>,
@@ -149,17 +173,9 @@ impl<'a> LogWriter<'a> {
         event: &[u8],
     ) -> Result<(), Error> {
         self.check(digests, event)?;
-        let out = &mut self.out;
-        out.put32(pcr)?;
-        out.put32(event_type)?;
-        // `check` bounds both lengths.
-        out.put32(digests.as_slice().len() as u32)?;
-        for digest in digests.as_slice() {
-            out.put(&digest.alg().0.to_le_bytes())?;
-            out.put(digest.as_bytes())?;
-        }
-        out.put32(event.len() as u32)?;
-        out.put(event)
+        // `check` bounds the length.
+        self.out.put(&event_head(pcr, event_type, digests, event.len() as u32))?;
+        self.out.put(event)
     }
 
     fn write_spec_id(&mut self) -> Result<(), Error> {
@@ -299,7 +315,15 @@ impl<'a> Log<'a> {
     pub fn replay(&self, alg: HashAlg, pcr: u32) -> Result<Digest, LogError> {
         let no_bank = LogError::NoSuchBank { alg: alg.0 };
         let bank = self.banks.iter().find(|bank| bank.alg == alg).ok_or(no_bank)?;
-        let mut value = Digest::zero(*bank);
+        self.replay_from(Digest::zero(*bank), pcr)
+    }
+
+    /// The value that `pcr` has, in the bank of `start`, if it was `start` before the log's first event. Every
+    /// record of the log is checked.
+    pub fn replay_from(&self, start: Digest, pcr: u32) -> Result<Digest, LogError> {
+        let alg = start.alg();
+        let no_bank = LogError::NoSuchBank { alg: alg.0 };
+        let mut value = start;
         for event in self.events() {
             let event = event?;
             if event.pcr == pcr && event.event_type != EV_NO_ACTION {
@@ -309,6 +333,13 @@ impl<'a> Log<'a> {
         }
         Ok(value)
     }
+}
+
+/// What a PCR becomes, in each bank of `pcr`, by an extend with `digests`. A bank whose algorithm this crate cannot
+/// compute keeps its value.
+pub fn extended_all(pcr: &Digests, digests: &Digests) -> Digests {
+    let next = |old: &Digest| digests.get(old.alg()).and_then(|by| extended(old, by)).unwrap_or(*old);
+    Digests(pcr.as_slice().iter().map(next).collect())
 }
 
 /// What a PCR of value `pcr` becomes by an extend with `digest`; none for an algorithm that this crate
