@@ -11,6 +11,7 @@
 
 pub mod acpi;
 pub mod call;
+pub mod capsule;
 pub mod config;
 pub mod exposure;
 pub mod linux;
