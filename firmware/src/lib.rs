@@ -18,6 +18,7 @@ pub mod linux;
 pub mod measure;
 pub mod memmap;
 pub mod policy;
+pub mod prm;
 pub mod sandbox;
 pub mod service;
 pub mod smm;
