@@ -1,4 +1,4 @@
-//! Builds what the machines boot: Cordon's three images, and the RAM disk.
+//! Builds what the machines boot: Cordon's three images, the implant of hostile firmware, and the RAM disk.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -40,18 +40,40 @@ const IMAGES: [Image; 3] = [
     },
 ];
 
+/// Firmware's implant, which no user gets.
+const HOSTILE: [Image; 1] = [Image {
+    target: "x86_64-unknown-uefi",
+    package: "hostile",
+    binary: "hostile",
+    output: "hostile.efi",
+    copy: paths::hostile,
+}];
+
 /// Builds Cordon's images into the build folder. Quiet when nothing changed.
 pub fn build() -> Result<()> {
+    build_all(&IMAGES)
+}
+
+/// Builds the implant for hostile firmware into the build folder.
+pub fn build_hostile() -> Result<()> {
+    build_all(&HOSTILE)
+}
+
+fn build_all(images: &[Image]) -> Result<()> {
     let target_dir =
         env::var_os("CARGO_TARGET_DIR").map_or_else(|| paths::root().join("target"), PathBuf::from);
-    for (image, made) in IMAGES.iter().zip(build_from(&paths::root(), target_dir)?) {
+    for (image, made) in images.iter().zip(make(images, &paths::root(), target_dir)?) {
         initrd::write_whole(&(image.copy)(), &fs::read(&made).with_context(|| made.display().to_string())?)?;
     }
     Ok(())
 }
 
 /// Builds Cordon's images from the source tree at `root` into `target_dir`. Gives their paths: SLB, MLE, loader.
-pub fn build_from(root: &Path, mut target_dir: PathBuf) -> Result<Vec<PathBuf>> {
+pub fn build_from(root: &Path, target_dir: PathBuf) -> Result<Vec<PathBuf>> {
+    make(&IMAGES, root, target_dir)
+}
+
+fn make(images: &[Image], root: &Path, mut target_dir: PathBuf) -> Result<Vec<PathBuf>> {
     let way = fs::read_to_string(paths::build().join("toolchain"))
         .context("no build/toolchain: run `make setup`")?;
     if way.trim() == "debian" {
@@ -59,7 +81,7 @@ pub fn build_from(root: &Path, mut target_dir: PathBuf) -> Result<Vec<PathBuf>> 
         target_dir.push("debian");
     }
     let mut all = Vec::new();
-    for image in &IMAGES {
+    for image in images {
         let mut cargo = match way.trim() {
             "rustup" => Command::new("cargo"),
             "debian" => {

@@ -66,6 +66,8 @@ pub struct Spec {
     pub cpus: u32,
     /// Firmware build.
     pub firmware: Firmware,
+    /// Whether the firmware has an implant: `tests/hostile`.
+    pub hostile: bool,
     /// TPM interface.
     pub tpm: Tpm,
     /// The TPM's active PCR banks, separated by commas. SHA-256 alone is how machines are sold; each more is one more
@@ -104,6 +106,7 @@ impl Default for Spec {
             memory: 2048,
             cpus: 2,
             firmware: Firmware::Smm,
+            hostile: false,
             tpm: Tpm::Tis,
             banks: "sha256".to_owned(),
             slb: paths::slb(),
@@ -131,10 +134,21 @@ impl Spec {
     fn disk(&self) -> Vec<Item> {
         let file = |path, source| Item { path, source: Source::File(source) };
         let mut items = vec![file("vmlinuz", self.kernel.clone()), file("initrd.img", self.initrd.clone())];
+        let mut first = "EFI/BOOT/BOOTX64.EFI";
+        if self.hostile {
+            items.push(file(first, paths::hostile()));
+            first = "next.efi";
+            let mut options = String::new();
+            if self.boot == Boot::Native {
+                items.push(file(first, self.kernel.clone()));
+                options = format!("initrd=\\initrd.img {}", self.full_cmdline());
+            }
+            items.push(Item { path: "next.txt", source: Source::Text(options) });
+        }
         if self.boot == Boot::Cordon {
             let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), self.tpm == Tpm::Crb);
             items.push(Item { path: "loader/entries/cordon.conf", source: Source::Text(entry) });
-            items.push(file("EFI/BOOT/BOOTX64.EFI", paths::loader()));
+            items.push(file(first, paths::loader()));
             items.push(file("cordon/slb.bin", self.slb.clone()));
             items.push(file("cordon/mle.bin", self.mle.clone()));
             items.extend(self.config.iter().map(|path| file("cordon/cordon.conf", path.clone())));
@@ -180,7 +194,7 @@ impl Spec {
             text.push_str("-action reboot=shutdown ");
         }
         let mut arguments: Vec<_> = text.split_whitespace().map(str::to_owned).collect();
-        if self.boot == Boot::Native {
+        if self.boot == Boot::Native && !self.hostile {
             arguments.push("-kernel".to_owned());
             arguments.push(paths::absolute(&self.kernel));
             arguments.push("-initrd".to_owned());

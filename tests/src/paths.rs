@@ -33,6 +33,11 @@ pub fn loader() -> PathBuf {
     build().join("loader.efi")
 }
 
+/// Firmware's implant, for tests.
+pub fn hostile() -> PathBuf {
+    build().join("hostile.efi")
+}
+
 /// The secure loader block.
 pub fn slb() -> PathBuf {
     build().join("slb.bin")
