@@ -20,7 +20,6 @@ pub const REGIONS_MAX: usize = 16;
 pub const PAGES_MAX: usize = 256;
 
 /// Regions of memory that are to stay as they are.
-#[derive(Clone)]
 pub struct Guarded {
     key: [u8; 16],
     regions: Vec<PhysRange, REGIONS_MAX>,
@@ -71,8 +70,8 @@ impl fmt::Debug for Guarded {
 }
 
 impl Guarded {
-    /// Takes the sums. `key` is random and known to nobody else; regions of code and tables that the CPU does not
-    /// write to either (accessed and dirty bits set beforehand).
+    /// Takes the sums. `key` is random and known to nobody else. The regions hold what nobody writes while the guest
+    /// runs, the CPU and devices included: of page tables, those made with their accessed and dirty bits set.
     pub fn new(key: [u8; 16], regions: &[PhysRange], mem: &impl PhysMem) -> Result<Self, GuardError> {
         let mut guarded = Self { key, regions: Vec::new(), sums: Vec::new() };
         guarded.regions.extend_from_slice(regions).map_err(|_| GuardError::Regions(regions.len()))?;

@@ -44,7 +44,7 @@ pub fn handler_name(handler: &Guid) -> Option<&'static str> {
     NAMED.iter().find(|(guid, _)| guid == handler).map(|(_, name)| *name)
 }
 
-/// `SMM_CORE_PRIVATE_DATA` on x86-64, the same from EDK2's first release with it to 202405.
+/// `SMM_CORE_PRIVATE_DATA` on x86-64 up to `ReturnStatus`.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct PrivateData {
@@ -337,7 +337,7 @@ pub fn find_core_private(mem: &impl PhysMem, runtime: &[PhysRange]) -> Result<Op
     let mut found = None;
     let mut page = [U64::ZERO; PAGE_SIZE as usize / size_of::<U64>()];
     for region in runtime {
-        let mut at = region.start().next_multiple_of(WORD);
+        let Some(mut at) = region.start().checked_next_multiple_of(WORD) else { continue };
         while let Some(piece) =
             PhysRange::from_last(at, at | (PAGE_SIZE - 1)).and_then(|p| p.intersection(region))
         {

@@ -147,6 +147,8 @@ fn a_second_structure_leaves_none_to_believe() {
     firmware.plant(DATA);
     let error = find_core_private(&firmware.0, &[code(), data()]).unwrap_err();
     assert_eq!(error, CommunicateError::Ambiguous { first: PRIVATE, second: DATA });
+    let top = PhysRange::from_last(u64::MAX - 5, u64::MAX).unwrap();
+    assert_eq!(find_core_private(&firmware.0, &[top]), Ok(None));
     let gone = PhysRange::new(0x100_0000, 0x1000).unwrap();
     assert!(matches!(find_core_private(&firmware.0, &[gone]), Err(CommunicateError::Unreadable { .. })));
 }
