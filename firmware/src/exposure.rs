@@ -30,6 +30,9 @@ pub const VERSION: u16 = 1;
 pub const BATCH_TAG: u32 = u32::from_le_bytes(*b"CXPB");
 /// [`BatchHeader::flags`]: the batch was measured later than its records' urgency asks for.
 pub const FLAG_LATE: u16 = 1;
+/// PCR of the events that are no measurement, as the Spec ID event has it: there are tools that replay events of type
+/// EV_NO_ACTION too, and then get a wrong value of this PCR only.
+pub const PCR_REMARK: u32 = 0;
 /// First bytes of the event data that says what came before the first batch of the log.
 pub const ANCHOR_SIGNATURE: [u8; 16] = *b"Cordon Anchor\0\0\0";
 /// First bytes of the event data with the records that are not measured yet.

@@ -7,9 +7,11 @@ use tpm::{Banks, Digest, Digests, Event, HashAlg, Log, LogError, digest_of};
 use zerocopy::Ref;
 
 use super::record::Record;
-use super::{ANCHOR_SIGNATURE, AnchorData, BATCH_TAG, BatchHeader, PENDING_SIGNATURE, VERSION};
+use super::{ANCHOR_SIGNATURE, AnchorData, BATCH_TAG, BatchHeader, PCR_REMARK, PENDING_SIGNATURE, VERSION};
 use hv::launch::PCR_EXPOSURE;
 
+/// PCR and type of anchor and pending records.
+const REMARK: (u32, u32) = (PCR_REMARK, EV_NO_ACTION);
 /// Fewest bytes of a record.
 const RECORD_MIN: u64 = 46;
 
@@ -38,6 +40,8 @@ pub enum FormatError {
     },
     /// The first event is not an anchor.
     NoAnchor,
+    /// An event that is no measurement does not hold pending records.
+    Signature,
 }
 
 impl fmt::Display for FormatError {
@@ -52,6 +56,7 @@ impl fmt::Display for FormatError {
                 write!(f, "{field} is {value:#x}, limit {limit:#x}")
             }
             Self::NoAnchor => f.write_str("the first event is no anchor"),
+            Self::Signature => f.write_str("an event that is not extended holds no pending records"),
         }
     }
 }
@@ -137,6 +142,10 @@ pub struct Entry<'a> {
 
 impl<'a> Entry<'a> {
     fn parse(event: Event<'a>) -> Result<Self, FormatError> {
+        if (event.pcr, event.event_type) == REMARK {
+            let records = event.data.strip_prefix(&PENDING_SIGNATURE).ok_or(FormatError::Signature)?;
+            return Ok(Self { batch: Batch::parse(records)?, event, pending: true });
+        }
         if event.pcr != PCR_EXPOSURE {
             let (value, limit) = (event.pcr.into(), PCR_EXPOSURE.into());
             return Err(FormatError::Field { field: "pcrIndex", value, limit });
@@ -145,10 +154,7 @@ impl<'a> Entry<'a> {
             let (value, limit) = (event.event_type.into(), EV_EVENT_TAG.into());
             return Err(FormatError::Field { field: "eventType", value, limit });
         }
-        let pending =
-            event.data.strip_prefix(&PENDING_SIGNATURE).filter(|_| event.event_type == EV_NO_ACTION);
-        let batch = Batch::parse(pending.unwrap_or(event.data))?;
-        Ok(Self { pending: pending.is_some(), event, batch })
+        Ok(Self { batch: Batch::parse(event.data)?, event, pending: false })
     }
 
     /// The first bank in which the batch's digest is not that of its bytes: what such a batch says is not what was
@@ -174,9 +180,7 @@ impl<'a> Exposure<'a> {
         let log = Log::parse(bytes)?;
         let event = log.events().next().ok_or(FormatError::NoAnchor)??;
         let anchor = Ref::<_, AnchorData>::from_bytes(event.data).map_err(|_| FormatError::NoAnchor)?;
-        if anchor.signature != ANCHOR_SIGNATURE
-            || (event.pcr, event.event_type) != (PCR_EXPOSURE, EV_NO_ACTION)
-        {
+        if anchor.signature != ANCHOR_SIGNATURE || (event.pcr, event.event_type) != REMARK {
             return Err(FormatError::NoAnchor);
         }
         let (value, limit) = (anchor.version.get().into(), VERSION.into());

@@ -7,7 +7,8 @@ use zerocopy::IntoBytes;
 
 use super::record::{RECORD_MAX, Record, Urgency};
 use super::{
-    ANCHOR_SIGNATURE, AnchorData, BATCH_TAG, Batch, BatchHeader, FLAG_LATE, PENDING_SIGNATURE, VERSION,
+    ANCHOR_SIGNATURE, AnchorData, BATCH_TAG, Batch, BatchHeader, FLAG_LATE, PCR_REMARK, PENDING_SIGNATURE,
+    VERSION,
 };
 use crate::call::DATA_MAX;
 
@@ -219,7 +220,7 @@ impl<const N: usize> ExposureLog<N> {
         let header = self.header(0);
         let records = self.pending.get(HEADER..self.filled).unwrap_or_default();
         let size = PENDING_SIGNATURE.len().saturating_add(HEADER).saturating_add(records.len());
-        let head = event_head(PCR_EXPOSURE, EV_NO_ACTION, &Digests::zero(&self.banks), size as u32);
+        let head = event_head(PCR_REMARK, EV_NO_ACTION, &Digests::zero(&self.banks), size as u32);
         let log = self.log.get(..self.used).unwrap_or_default();
         let trailer: [&[u8]; 4] = [&head, &PENDING_SIGNATURE, header.as_bytes(), records];
         let shown = if records.is_empty() || log.is_empty() { 0 } else { trailer.len() };
@@ -303,7 +304,7 @@ impl<const N: usize> ExposureLog<N> {
         };
         let resumed = LogWriter::resume(&mut self.log, self.anchor_at, &self.banks);
         let mut writer = resumed.map_err(|_| Error::Digests)?;
-        writer.append(PCR_EXPOSURE, EV_NO_ACTION, &self.anchor, data.as_bytes())?;
+        writer.append(PCR_REMARK, EV_NO_ACTION, &self.anchor, data.as_bytes())?;
         Ok(writer.used())
     }
 }
