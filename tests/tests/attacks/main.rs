@@ -3,6 +3,7 @@
 //! Each attack runs twice, by the same commands at the same addresses: under Cordon, where it must fail, and on the same
 //! machine without Cordon, where it must succeed.
 
+mod firmware;
 mod guest;
 mod tamper;
 
@@ -10,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use firmware::service::Service;
+use ::firmware::service::Service;
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
 use tests::machine::{Boot, Machine, Spec};
@@ -391,7 +392,7 @@ fn cpuid(target: &mut Target) {
 
 /// Page offset of a service's hypercall in Cordon's thunk page.
 fn hypercall_at(service: Service) -> usize {
-    (0..4096).find(|&at| firmware::tables::service_at(at as u64) == Some(service)).expect("a thunk")
+    (0..4096).find(|&at| ::firmware::tables::service_at(at as u64) == Some(service)).expect("a thunk")
 }
 
 /// Makes hypercalls from a program: right number, right page offset, but at CPL 3.

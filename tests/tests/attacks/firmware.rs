@@ -1,0 +1,496 @@
+//! Attacks of firmware: an implant among the runtime services (`tests/hostile`) runs code that the guest gives it. With
+//! Cordon it runs in the sandbox, without Cordon beside Linux, at CPL 0.
+
+use std::fs;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use firmware::sandbox::Reason;
+use hv::launch::{LAUNCH_PAGE_SIZE, SLB_SIZE};
+use hv::vcpu::Access;
+use tests::images;
+use tests::machine::{Boot, Machine, Spec};
+
+use super::{Places, SCRATCH, boot, guest, pcrs, spec, write};
+
+const VARIABLES: &str = "/sys/firmware/efi/efivars";
+const VENDOR: &str = "0badf00d-5eed-4bad-8bad-c0de0badc0de";
+/// What a page of the guest holds.
+const SECRET: u64 = 0x5ec2_e700_5ec2_e700;
+const OTHER: u64 = 0x0bad_0bad_0bad_0bad;
+const RET: u8 = 0xc3;
+
+/// Places in the implant's plan: `tests/hostile/src/driver.rs`.
+mod plan {
+    pub const SET_STATUS: u8 = 0;
+    pub const GET_LIES: u8 = 8;
+    pub const GET_STATUS: u8 = 16;
+    pub const GET_SIZE: u8 = 24;
+    pub const NEXT_LIES: u8 = 32;
+    pub const NEXT_SIZE: u8 = 48;
+    pub const NEXT_LENGTH: u8 = 56;
+    pub const NEXT_VENDOR: u8 = 64;
+}
+
+/// What came of code that the implant was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// It ran, and left this in RAX.
+    Ran(u64),
+    /// The variable could not be written or read: the shell's message.
+    Failed(String),
+}
+
+impl Outcome {
+    fn failed_with(&self, text: &str) -> bool {
+        matches!(self, Self::Failed(message) if message.contains(text))
+    }
+}
+
+/// Statuses as Linux gives them to a program: EFI_DEVICE_ERROR, and any that it does not know.
+const EIO: &str = "Input/output error";
+const EINVAL: &str = "Invalid argument";
+
+/// A shell command that gives code to the implant, and the file in which its result is found. Linux lets nobody write a
+/// variable of unknown kind twice, so each has a name of its own.
+fn order(code: &[u8]) -> (String, String) {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let file = format!("{VARIABLES}/Attack{number}-{VENDOR}");
+    let bytes: String = [7, 0, 0, 0].iter().chain(code).map(|b| format!("\\x{b:02x}")).collect();
+    (format!("printf '{bytes}' | dd of={file} bs=8192 status=none"), file)
+}
+
+/// Has the implant run code.
+fn run(machine: &mut Machine, code: &[u8]) -> anyhow::Result<Outcome> {
+    let (order, file) = order(code);
+    let output = machine.run(&format!("{{ {order} && tail -c +5 {file} | xxd -p; }} 2>&1"))?;
+    let text = output.text().trim().to_owned();
+    let result = hex::decode(&text).ok().and_then(|bytes| bytes.try_into().ok());
+    Ok(result.map_or(Outcome::Failed(text), |bytes| Outcome::Ran(u64::from_le_bytes(bytes))))
+}
+
+// Code for the implant.
+
+fn code(parts: &[&[u8]]) -> Vec<u8> {
+    [parts.concat().as_slice(), &[RET]].concat()
+}
+
+fn read64(at: u64) -> Vec<u8> {
+    code(&[&guest::rax(at), &[0x48, 0x8b, 0x00]]) // mov rax, [rax]
+}
+
+fn read32(at: u64) -> Vec<u8> {
+    code(&[&guest::rax(at), &[0x8b, 0x00]]) // mov eax, [rax]
+}
+
+fn read8(at: u64) -> Vec<u8> {
+    code(&[&guest::rax(at), &[0x0f, 0xb6, 0x00]]) // movzx eax, byte [rax]
+}
+
+fn write64(at: u64, value: u64) -> Vec<u8> {
+    // mov rdx, value; mov [rax], rdx
+    code(&[&guest::rax(at), &[0x48, 0xba], &value.to_le_bytes(), &[0x48, 0x89, 0x10]])
+}
+
+fn rdmsr(index: u32) -> Vec<u8> {
+    // mov ecx, index; rdmsr; shl rdx, 32; or rax, rdx
+    code(&[&[0xb9], &index.to_le_bytes(), &[0x0f, 0x32, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0]])
+}
+
+/// Writes back what the register holds.
+fn wrmsr(index: u32) -> Vec<u8> {
+    code(&[&[0xb9], &index.to_le_bytes(), &[0x0f, 0x32, 0x0f, 0x30]])
+}
+
+/// OUT or IN of EAX or AL.
+fn ports(steps: &[(u16, Port)]) -> Vec<u8> {
+    let mut parts = Vec::new();
+    for (port, access) in steps {
+        parts.extend([0x66, 0xba]); // mov dx, port
+        parts.extend(port.to_le_bytes());
+        match *access {
+            Port::Out8(value) => parts.extend([0xb0, value, 0xee]),
+            Port::Out32(value) => {
+                parts.push(0xb8);
+                parts.extend(value.to_le_bytes());
+                parts.push(0xef);
+            }
+            Port::In32 => parts.push(0xed),
+        }
+    }
+    code(&[&parts])
+}
+
+#[derive(Clone, Copy)]
+enum Port {
+    Out8(u8),
+    Out32(u32),
+    In32,
+}
+
+/// Has the services tell lies.
+fn lies(lies: &[(u8, u64)]) -> Vec<u8> {
+    // mov rax, value; mov [rcx + place], rax
+    let parts =
+        lies.iter().map(|&(place, value)| [guest::rax(value), vec![0x48, 0x89, 0x41, place]].concat());
+    code(&[&parts.collect::<Vec<_>>().concat()])
+}
+
+/// What the implant's code does to a machine that nothing protects.
+enum Alone {
+    /// It gets through, which its result or the machine's memory show.
+    Succeeds(fn(&mut Machine, &Places, u64) -> bool),
+    /// The machine ends.
+    Ends,
+    /// The call never comes back.
+    Hangs,
+}
+
+/// An attack that costs the sandbox its life.
+struct Fatal {
+    name: &'static str,
+    code: Box<dyn Fn(&Places) -> Vec<u8>>,
+    reason: Box<dyn Fn(&Places) -> Reason>,
+    alone: Alone,
+}
+
+fn fatal(
+    name: &'static str,
+    code: impl Fn(&Places) -> Vec<u8> + 'static,
+    reason: impl Fn(&Places) -> Reason + 'static,
+    alone: Alone,
+) -> Fatal {
+    Fatal { name, code: Box::new(code), reason: Box::new(reason), alone }
+}
+
+fn memory_reason(gpa: u64, access: Access) -> Reason {
+    Reason::Memory { gpa, access }
+}
+
+/// An attack by an access to memory at `at`.
+fn reads(
+    name: &'static str,
+    at: fn(&Places) -> u64,
+    read: fn(u64) -> Vec<u8>,
+    success: fn(&mut Machine, &Places, u64) -> bool,
+) -> Fatal {
+    fatal(name, move |p| read(at(p)), move |p| memory_reason(at(p), Access::Read), Alone::Succeeds(success))
+}
+
+fn writes(
+    name: &'static str,
+    at: fn(&Places) -> u64,
+    success: fn(&mut Machine, &Places, u64) -> bool,
+) -> Fatal {
+    fatal(
+        name,
+        move |p| write64(at(p), OTHER),
+        move |p| memory_reason(at(p), Access::Write),
+        Alone::Succeeds(success),
+    )
+}
+
+fn other_at(machine: &mut Machine, at: u64) -> bool {
+    machine.memory(at, 8).unwrap() == OTHER.to_le_bytes()
+}
+
+const APIC: u64 = 0xfee0_0000;
+const IOMMU: u64 = 0xfed8_0000;
+const TPM_LOCALITY_2: u64 = 0xfed4_2000;
+const VM_HSAVE_PA: u32 = 0xc001_0117;
+const EFER: u32 = 0xc000_0080;
+const APIC_BASE: u32 = 0x1b;
+
+/// One of each kind.
+fn main_attacks() -> Vec<Fatal> {
+    vec![
+        reads("read the guest's memory", |_| SCRATCH, read64, |_, _, seen| seen == SECRET),
+        writes("write the MLE", |p| p.mle + 0x2000, |m, p, _| other_at(m, p.mle + 0x2000)),
+        fatal(
+            "loop with interrupts off",
+            |_| vec![0xeb, 0xfe],
+            |_| Reason::Budget { used_us: 0, limit_us: 0 },
+            Alone::Hangs,
+        ),
+        fatal(
+            "triple fault",
+            // Two words of zeros are the interrupt table: push 0; push 0; lidt [rsp]; ud2
+            |_| vec![0x6a, 0, 0x6a, 0, 0x0f, 0x01, 0x1c, 0x24, 0x0f, 0x0b],
+            |_| Reason::Exception { vector: 6, error: 0 },
+            Alone::Ends,
+        ),
+    ]
+}
+
+/// All others.
+fn more_attacks() -> Vec<Fatal> {
+    let msr = |index, write| move |_: &Places| Reason::Msr { index, write };
+    let cpu = |code| move |_: &Places| Reason::Cpu { code };
+    vec![
+        writes("write the guest's memory", |_| SCRATCH + 8, |m, _, _| other_at(m, SCRATCH + 8)),
+        reads("read the MLE", |p| p.mle, read64, |_, _, _| true),
+        reads("read nested tables", |p| p.mle + p.mle_size - (4 << 20), read64, |_, _, _| true),
+        writes(
+            "write nested tables",
+            |p| p.mle + p.mle_size - (4 << 20),
+            |m, p, _| other_at(m, p.mle + p.mle_size - (4 << 20)),
+        ),
+        writes("write the SLB", |p| p.slb, |m, p, _| other_at(m, p.slb)),
+        writes("write the launch page", |p| p.launch_page, |m, p, _| other_at(m, p.launch_page)),
+        reads("IOMMU registers", |_| IOMMU + 0x30, read64, |_, _, features| features != 0),
+        reads("TPM locality 2", |_| TPM_LOCALITY_2, read8, |_, _, access| access & 0x80 != 0),
+        reads("local APIC", |_| APIC + 0x30, read32, |_, _, version| version & 0xf0 == 0x10),
+        fatal(
+            "read EFER",
+            |_| rdmsr(EFER),
+            msr(EFER, false),
+            Alone::Succeeds(|_, _, efer| efer & 0x500 == 0x500),
+        ),
+        fatal("APIC base", |_| wrmsr(APIC_BASE), msr(APIC_BASE, false), Alone::Succeeds(|_, _, _| true)),
+        fatal(
+            "VM_HSAVE_PA",
+            |_| rdmsr(VM_HSAVE_PA),
+            msr(VM_HSAVE_PA, false),
+            Alone::Succeeds(|_, _, _| true),
+        ),
+        // mov rax, cr3; mov cr3, rax
+        fatal(
+            "page tables",
+            |_| code(&[&[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8]]),
+            cpu(0x13),
+            Alone::Succeeds(|_, _, _| true),
+        ),
+        fatal(
+            "loop",
+            |_| vec![0xfb, 0xeb, 0xfe],
+            |_| Reason::Budget { used_us: 0, limit_us: 0 },
+            Alone::Ends,
+        ),
+        fatal("halt", |_| vec![0xf4, 0xeb, 0xfd], |_| Reason::Halt, Alone::Hangs),
+        fatal("hypercall", |_| code(&[&guest::VMMCALL]), |_| Reason::Hypercall, Alone::Ends),
+        fatal("CLGI", |_| code(&[&[0x0f, 0x01, 0xdd]]), |_| Reason::Instruction, Alone::Ends),
+    ]
+}
+
+/// A firmware with the implant.
+fn hostile(kind: Boot, reserved: &[(u64, u64)], config: &tempfile::TempPath) -> Spec {
+    images::build_hostile().expect("implant");
+    let config = (kind == Boot::Cordon).then(|| config.to_path_buf());
+    Spec { hostile: true, config, timeout: Duration::from_secs(120), ..spec(kind, reserved) }
+}
+
+/// Calls may take long on a loaded bench, but a test need not wait ten seconds for an endless one.
+fn config() -> tempfile::TempPath {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), "sandbox.budget-ms = 3000\n").unwrap();
+    file.into_temp_path()
+}
+
+fn status(machine: &mut Machine) -> String {
+    machine.check(&format!("tail -c +5 {VARIABLES}/Status-*")).unwrap()
+}
+
+/// Both CPUs run programs, firmware's memory and Cordon's are apart, Cordon answers.
+fn lives(machine: &mut Machine, what: &str) {
+    let check = "for cpu in 1 2; do taskset $cpu true || exit; done";
+    machine.check(check).unwrap_or_else(|error| panic!("after {what}: {error:#}\n{}", machine.diagnosis()));
+    for own in ["DrtmLog", "Exits"] {
+        let size = machine.check(&format!("cat {VARIABLES}/{own}-* | wc -c")).unwrap();
+        assert!(size.trim().parse::<u32>().unwrap() > 4, "{own} after {what}");
+    }
+}
+
+/// The implant is there, and runs code.
+fn in_place(machine: &mut Machine) {
+    assert_eq!(run(machine, &code(&[&guest::rax(SECRET)])).unwrap(), Outcome::Ran(SECRET));
+}
+
+fn start(spec: &Spec) -> Machine {
+    let mut machine = boot(spec);
+    in_place(&mut machine);
+    write(&mut machine, SCRATCH, SECRET);
+    write(&mut machine, SCRATCH + 8, SECRET);
+    machine
+}
+
+/// Whether the sandbox's state is that it died of `reason`.
+fn names(status: &str, reason: &Reason) -> bool {
+    let text = format!("{reason:?}");
+    let text = if matches!(reason, Reason::Budget { .. }) { "Budget" } else { &text };
+    status.contains(&format!("Dead({text}"))
+}
+
+/// Under Cordon an attack costs an EFI error, and the sandbox.
+fn costs_the_sandbox(machine: &mut Machine, places: &Places, attack: &Fatal) {
+    let what = attack.name;
+    let watched: Vec<_> =
+        [SCRATCH, SCRATCH + 8, places.mle, places.mle + 0x2000, places.slb, places.launch_page]
+            .into_iter()
+            .map(|at| (at, machine.memory(at, 8).unwrap()))
+            .collect();
+    let before = pcrs(machine);
+    let outcome = run(machine, &(attack.code)(places))
+        .unwrap_or_else(|e| panic!("{what}: {e:#}\n{}", machine.diagnosis()));
+    assert!(outcome.failed_with(EIO), "{what}: {outcome:x?}");
+    lives(machine, what);
+    let reason = (attack.reason)(places);
+    let status = status(machine);
+    assert!(names(&status, &reason), "{what}: no {reason:?} in {status}");
+    for (at, bytes) in watched {
+        assert_eq!(machine.memory(at, 8).unwrap(), bytes, "{what}: {at:#x}");
+    }
+    assert_eq!(pcrs(machine), before, "{what}");
+    // Nobody is there to run code any more.
+    let again = run(machine, &code(&[&guest::rax(SECRET)])).unwrap();
+    assert!(again.failed_with(EIO), "{what}: {again:x?}");
+}
+
+/// Without Cordon it gets through.
+fn succeeds(machine: &mut Machine, places: &Places, attack: &Fatal) {
+    let what = attack.name;
+    let code = (attack.code)(places);
+    match &attack.alone {
+        Alone::Succeeds(success) => {
+            let outcome = run(machine, &code).unwrap();
+            let Outcome::Ran(result) = outcome else { panic!("{what}: {outcome:x?}") };
+            assert!(success(machine, places, result), "{what}: {result:#x}");
+        }
+        Alone::Ends => {
+            let error = run(machine, &code).expect_err(what).to_string();
+            assert!(error.contains("the machine ended"), "{what}: {error}");
+        }
+        Alone::Hangs => {
+            let (order, _) = order(&code);
+            let script = format!("{order} & sleep 4; kill -0 $! && echo hangs");
+            // If it does not take the whole machine along.
+            let hangs = machine.run(&script).map_or(true, |output| output.text().contains("hangs"));
+            assert!(hangs, "{what}");
+        }
+    }
+}
+
+/// Runs fatal attacks, each in a machine of its own where it must be.
+fn all_fatal(attacks: &[Fatal]) {
+    let config = config();
+    let mut found = None;
+    for attack in attacks {
+        let mut machine = start(&hostile(Boot::Cordon, &[], &config));
+        let places = found.get_or_insert_with(|| Places::find(&mut machine));
+        costs_the_sandbox(&mut machine, places, attack);
+        println!("under Cordon: {}: as expected", attack.name);
+        machine.power_off().unwrap();
+    }
+    let places = found.expect("attacks");
+    let reserved =
+        [(places.mle, places.mle_size), (places.slb, SLB_SIZE), (places.launch_page, LAUNCH_PAGE_SIZE)];
+    let mut machine = None;
+    for attack in attacks {
+        let spec = hostile(Boot::Native, &reserved, &config);
+        succeeds(machine.get_or_insert_with(|| start(&spec)), &places, attack);
+        println!("without Cordon: {}: as expected", attack.name);
+        if !matches!(attack.alone, Alone::Succeeds(_)) {
+            machine = None;
+        }
+    }
+}
+
+/// Has Linux ask for all variables anew, and gives their names.
+fn listed(machine: &mut Machine) -> String {
+    machine
+        .check(&format!("umount {VARIABLES} && mount -t efivarfs efivarfs {VARIABLES} && ls {VARIABLES}"))
+        .unwrap()
+}
+
+/// Calls that come back: from the sandbox with nothing gained, and with lies, of which the guest gets none.
+fn harmless(machine: &mut Machine, protected: bool) {
+    /// Cordon's vendor GUID, in two words.
+    const CORDON: [u64; 2] = [0x4210_f9e9_a720_b6bf, 0x1fdf_7d1c_2130_63b1];
+    const BUFFER_TOO_SMALL: u64 = 1 << 63 | 5;
+    const UNDEFINED: u64 = 1 << 63 | 0xdead;
+    let seen = |outcome: &Outcome, alone: &str, what: &str| {
+        let expected = if protected { EIO } else { alone };
+        assert!(outcome.failed_with(expected), "{what}: {outcome:x?}");
+    };
+
+    // The first device's identity.
+    let identity = run(machine, &ports(&[(0xcf8, Port::Out32(1 << 31)), (0xcfc, Port::In32)])).unwrap();
+    assert_eq!(
+        identity,
+        Outcome::Ran(if protected { 0xffff_ffff } else { 0x29c0_8086 }),
+        "PCI configuration"
+    );
+
+    let outcome = run(machine, &lies(&[(plan::SET_STATUS, UNDEFINED)])).unwrap();
+    seen(&outcome, EINVAL, "undefined status");
+
+    // A size that no buffer has, and one larger than the buffer with success.
+    let giant = lies(&[(plan::GET_SIZE, 1 << 62), (plan::GET_STATUS, BUFFER_TOO_SMALL), (plan::GET_LIES, 1)]);
+    seen(&run(machine, &giant).unwrap(), "Cannot allocate memory", "giant variable");
+    let (order, file) = order(&lies(&[(plan::GET_SIZE, 0x400), (plan::GET_LIES, 1)]));
+    let read =
+        machine.run(&format!("{order} && cat {file} 2>/tmp/error | wc -c; cat /tmp/error")).unwrap().text();
+    if protected {
+        assert!(read.starts_with("0\n") && read.contains(EIO), "success beyond the buffer: {read}");
+    } else {
+        // The attributes, and as much of the kernel's memory.
+        assert_eq!(read, "1028");
+    }
+
+    // A variable under Cordon's GUID that firmware makes up.
+    let forged = [
+        (plan::NEXT_SIZE, 10),
+        (plan::NEXT_LENGTH, 4),
+        (plan::NEXT_VENDOR, CORDON[0]),
+        (plan::NEXT_VENDOR + 8, CORDON[1]),
+        (plan::NEXT_LIES, 1),
+    ];
+    run(machine, &lies(&forged)).unwrap();
+    let names = listed(machine);
+    assert_eq!(names.contains("AAAA-a720b6bf"), !protected, "forged variable: {names}");
+    assert_eq!(names.contains("Status-a720b6bf"), protected, "forged variable: {names}");
+
+    // A name without an end.
+    let endless =
+        [(plan::NEXT_SIZE, 1024), (plan::NEXT_LENGTH, 10_000), (plan::NEXT_VENDOR, 1), (plan::NEXT_LIES, 1)];
+    run(machine, &lies(&endless)).unwrap();
+    let names = listed(machine);
+    assert_eq!(names.contains("AAAAAAAA"), !protected, "endless name: {names}");
+
+    // Honest again, all variables are there.
+    run(machine, &lies(&[])).unwrap();
+    let names = listed(machine);
+    assert!(names.contains("BootOrder-"), "{names}");
+    assert_eq!(names.contains("Status-a720b6bf"), protected, "{names}");
+
+    // A reset of the machine, last: without Cordon it is one.
+    let reset = run(machine, &ports(&[(0xcf9, Port::Out8(2)), (0xcf9, Port::Out8(6))]));
+    if protected {
+        assert!(matches!(reset, Ok(Outcome::Ran(_))), "{reset:x?}");
+        let status = status(machine);
+        assert!(status.contains("sandbox: Ready") && !status.contains("denied ports: 0"), "{status}");
+        lives(machine, "lies");
+        in_place(machine);
+    } else {
+        let error = reset.expect_err("reset").to_string();
+        assert!(error.contains("guest-reset"), "{error}");
+    }
+}
+
+#[test]
+fn firmware_that_lies_is_not_believed() {
+    let config = config();
+    harmless(&mut start(&hostile(Boot::Cordon, &[], &config)), true);
+    harmless(&mut start(&hostile(Boot::Native, &[], &config)), false);
+}
+
+#[test]
+fn firmware_that_attacks_costs_the_sandbox_and_nothing_more() {
+    all_fatal(&main_attacks());
+}
+
+#[test]
+#[ignore = "takes ten minutes; `make test-all` runs it"]
+fn firmware_that_attacks_in_other_ways_costs_no_more() {
+    all_fatal(&more_attacks());
+}
