@@ -3,8 +3,8 @@
 //! It finds stray writes, and writes by SMM code that was not made against it. Code that was can read the key,
 //! or change the check itself: nothing that runs after SMM can find that. See `docs/smm.md`.
 //!
-//! The sum is SipHash-1-3 over the page's address and bytes, under a key drawn at launch: 64-bit integer code, so
-//! no vector register of the guest is touched, and any change stays unseen with a chance of 2^-64.
+//! The sum is SipHash-1-3 under a key drawn at launch: 64-bit integer code, so no vector register of the guest is
+//! touched, and any change stays unseen with a chance of 2^-64.
 
 use core::fmt;
 use core::hash::Hasher;
@@ -114,7 +114,6 @@ impl Guarded {
             return None;
         }
         let mut hasher = SipHasher13::new_with_key(&self.key);
-        hasher.write(&page.start().to_le_bytes());
         hasher.write(copy);
         Some(hasher.finish())
     }
