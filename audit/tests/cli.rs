@@ -7,9 +7,13 @@
     reason = "helpers of tests stop their test by a panic"
 )]
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::ops::Deref;
+use std::path::Path;
 use std::process::Command;
 
+use common::{Folder, cordon};
 use tpm::{Bank, BankHasher, Banks, Digests, HashAlg, LogWriter};
 
 const SHA1_17: &str = "80cf52d179c42bf589df65e23c08efbe13e7ef36";
@@ -22,19 +26,20 @@ const SHA384_18: &str = "3c79dfa65f2dc5149d824ac8243d3621abd813902a4c543d562b5ff
                          31036080b3501267fc75346778a48775";
 const POLICY_SHA256: &str = "7ad7e67e311b9a664fdc89e56db0155bb34ba624b1c0d6900f10b42bcac4b369";
 
-/// A folder of its own with the files of a launch; removed at the end.
-struct Files(PathBuf);
+/// The files of a launch.
+struct Files(Folder);
 
-impl Drop for Files {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+impl Deref for Files {
+    type Target = Folder;
+
+    fn deref(&self) -> &Folder {
+        &self.0
     }
 }
 
 impl Files {
     fn new(test: &str) -> Self {
-        let files = Self(std::env::temp_dir().join(format!("cordon-cli-{}-{test}", std::process::id())));
-        std::fs::create_dir_all(&files.0).unwrap();
+        let files = Self(Folder::new(test));
         let mut slb = [&[0x20, 0, 0, 0x10][..], b"CORDNSLB", &[0; 4]].concat();
         slb.resize(0x1000, b'S');
         files.put("slb", &slb);
@@ -55,16 +60,6 @@ impl Files {
         files.put("cmdline", b"console=ttyS0 quiet\n");
         files.put("config", b"GetTime = sandbox\n");
         files
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.join(name).display().to_string()
-    }
-
-    fn put(&self, name: &str, data: &[u8]) -> String {
-        std::fs::create_dir_all(self.0.join(name).parent().unwrap()).unwrap();
-        std::fs::write(self.0.join(name), data).unwrap();
-        self.path(name)
     }
 
     /// Arguments that predict the whole launch, and more.
@@ -92,7 +87,6 @@ impl Files {
             hasher.update(data);
             hasher.finish()
         };
-        let read = |name: &str| std::fs::read(self.0.join(name)).unwrap();
         let mut policy = Vec::new();
         for (kind, name) in [(0, "configuration"), (0, "kernel"), (6, "initrd"), (4, "command line")] {
             policy.extend([18, 0, kind, 0]);
@@ -103,11 +97,11 @@ impl Files {
         let mut buffer = vec![0; 0x8000];
         let mut log = LogWriter::create(&mut buffer, &banks).unwrap();
         for (pcr, name, data) in [
-            (17, "SKINIT", read("slb")),
-            (17, "MLE", tpm::digest_of(HashAlg::SHA256, &[&read("mle")]).unwrap().as_bytes().to_vec()),
+            (17, "SKINIT", self.get("slb")),
+            (17, "MLE", tpm::digest_of(HashAlg::SHA256, &[&self.get("mle")]).unwrap().as_bytes().to_vec()),
             (18, "SLRT policy", policy),
-            (18, "configuration", read("config")),
-            (18, "kernel", read("kernel")),
+            (18, "configuration", self.get("config")),
+            (18, "kernel", self.get("kernel")),
             (18, "initrd", b"abcde\0\0\0wxyz".to_vec()),
             (18, "command line", b"console=ttyS0 quiet".to_vec()),
         ] {
@@ -115,13 +109,6 @@ impl Files {
         }
         buffer
     }
-}
-
-/// Success, standard output, standard error.
-fn cordon(arguments: &[&str]) -> (bool, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_cordon")).args(arguments).output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.success(), text(output.stdout), text(output.stderr))
 }
 
 #[test]
