@@ -305,6 +305,15 @@ fn staging_memory_is_whole_pages_and_enough() {
     ] {
         assert_eq!(Staging::new(&ram, PhysRange::new(start, len).unwrap()).is_ok(), good);
     }
+    // Memory beside it is never written.
+    let beside = Ram::new(STAGING - 0x1000, STAGING_MIN as usize + 0x2000);
+    let staging = Staging::new(&beside, PhysRange::new(STAGING, STAGING_MIN).unwrap()).unwrap();
+    assert!(
+        staging.write(STAGING, &[1]).is_ok() && staging.write(STAGING + STAGING_MIN - 8, &[1; 8]).is_ok()
+    );
+    for at in [STAGING - 1, STAGING + STAGING_MIN - 7, u64::MAX - 3] {
+        assert_eq!(staging.write(at, &[1; 8]), Err(CapsuleError::Staging(staging.range)));
+    }
     // Memory that is not there is our fault, not the guest's.
     let bench = Bench { memory: Ram::new(0, 0), ..Bench::new() };
     let error = bench.update(&bench.linux(&capsule(PERSISTS, 64))).unwrap_err();

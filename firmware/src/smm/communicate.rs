@@ -20,6 +20,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::call::NAME_MAX;
+use crate::service::Service;
 
 /// Largest communicate buffer, in bytes.
 pub const BUFFER_MAX: u64 = 1 << 20;
@@ -221,6 +222,27 @@ pub struct VariableCall {
     pub function: VariableFunction,
     /// With which variable; some functions have none.
     pub variable: Option<Variable>,
+}
+
+impl VariableCall {
+    /// Whether this is what firmware asks of SMM to carry out the guest's call of `service`, on the variable with
+    /// this vendor and name (UTF-16 bytes; what follows a zero character does not count). Other requests may be
+    /// sound (EDK2 keeps the time zone of SetTime in a variable), yet they are firmware's own idea.
+    pub fn answers(&self, service: Service, guid: &[u8; 16], name: &[u8]) -> bool {
+        use VariableFunction as F;
+        let same = |v: &Variable| {
+            let name = name.as_chunks::<2>().0.iter().map(|c| u16::from_le_bytes(*c));
+            v.guid.to_bytes() == *guid && v.name.units().eq(name.take_while(|unit| *unit != 0))
+        };
+        let wanted = match service {
+            Service::GetVariable => F::GetVariable,
+            Service::SetVariable => F::SetVariable,
+            Service::GetNextVariableName => F::GetNextVariableName,
+            Service::QueryVariableInfo => return self.function == F::QueryVariableInfo,
+            _ => return false,
+        };
+        self.function == wanted && self.variable.as_ref().is_some_and(same)
+    }
 }
 
 /// What a pending communicate buffer asks for.

@@ -331,6 +331,31 @@ fn lengths_that_do_not_fit_are_refused_by_name() {
 }
 
 #[test]
+fn a_request_of_firmwares_own_is_told_from_the_guests() {
+    let firmware = Firmware::new();
+    let call = |payload: &[u8]| {
+        firmware.send(BUFFER, &message(&VARIABLE_BYTES, payload));
+        firmware.pending().unwrap().unwrap().call.unwrap()
+    };
+    let name = |text: &str| [&wide(text)[..], &[0x55; 7]].concat();
+    let set = call(&access(3, "Lang", &[1], 7));
+    assert!(set.answers(Service::SetVariable, &GLOBAL_BYTES, &name("Lang")));
+    assert!(!set.answers(Service::GetVariable, &GLOBAL_BYTES, &name("Lang")));
+    assert!(!set.answers(Service::SetTime, &GLOBAL_BYTES, &name("Lang")));
+    assert!(!set.answers(Service::SetVariable, &VARIABLE_BYTES, &name("Lang")));
+    for other in ["Lan", "Lang2", "", "lang"] {
+        assert!(!set.answers(Service::SetVariable, &GLOBAL_BYTES, &name(other)), "{other}");
+    }
+    assert!(call(&access(1, "Lang", &[], 0)).answers(Service::GetVariable, &GLOBAL_BYTES, &name("Lang")));
+    let first = [&words(&[2, 0])[..], &GLOBAL_BYTES, &words(&[2]), &[0; 2]].concat();
+    assert!(call(&first).answers(Service::GetNextVariableName, &GLOBAL_BYTES, &[0; 2048]));
+    let query = call(&words(&[4, 0, 0, 0, 0, 0]));
+    assert!(query.answers(Service::QueryVariableInfo, &[0; 16], &[]));
+    assert!(!query.answers(Service::GetVariable, &[0; 16], &[]));
+    assert!(!call(&words(&[13, 0])).answers(Service::GetVariable, &[0; 16], &[0; 2]));
+}
+
+#[test]
 fn by_default_only_variables_get_through() {
     let policy = SmmPolicy::default();
     let firmware = Firmware::new();
