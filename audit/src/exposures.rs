@@ -430,6 +430,42 @@ mod tests {
         assert_eq!((log.findings.as_slice(), log.records().count()), (&[][..], 6));
     }
 
+    #[test]
+    fn what_does_not_fit_together_is_found() {
+        let found = |change: fn(&mut Exposures)| {
+            let mut log = Exposures::parse(&sample()).unwrap();
+            change(&mut log);
+            log.check();
+            log.findings.join("; ")
+        };
+        assert_eq!(found(|_| ()), "");
+        let gone = found(|log| drop(log.batches.remove(1)));
+        assert_eq!(gone, "batch 2: batch 1 should be here; batch 2: 2 records up to 5 are missing");
+        let renumbered = found(|log| log.batches[1].header.number = 0.into());
+        assert!(renumbered.contains("batch 0: batch 1 should be here"), "{renumbered}");
+        let forgotten = found(|log| log.batches[0].records = log.batches[0].records.split_off(1));
+        assert!(forgotten.contains("batch 0: does not begin with record 0"), "{forgotten}");
+        assert!(forgotten.contains("batch 0: 1 records up to 1 are missing"), "{forgotten}");
+        let lost = found(|log| {
+            log.batches[0].records.pop();
+            log.batches.iter_mut().for_each(|batch| batch.header.lost = 1.into());
+        });
+        assert_eq!(lost, "", "what is owned up to is not missing");
+        let twice = found(|log| log.batches[1].records[1].0 = 2);
+        assert!(twice.contains("batch 1: record 2 is out of order"), "{twice}");
+        for (change, what) in [
+            (|log| log.batches[0].header.lost = 1.into(), "batch 1: records lost 0, but 1 before"),
+            (|log| log.batches[0].header.late = 1.into(), "batch 1: batches late 0, but 1 before"),
+            (|log| log.batches[0].header.spilled = 1.into(), "batch 1: records spilled 0, but 1 before"),
+            (|log| log.batches[0].header.sealed_us = 9.into(), "batch 1: time 1, but 9 before"),
+            (|log| log.anchor.records = 1.into(), "1 records are left out, but the newest batch knows of 0"),
+        ] as [(fn(&mut Exposures), &str); 5]
+        {
+            let found = found(change);
+            assert!(found.contains(what), "{found}");
+        }
+    }
+
     proptest! {
         #[test]
         fn whatever_a_log_says_can_be_shown(

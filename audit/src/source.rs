@@ -1,7 +1,7 @@
 //! Where logs come from: Cordon's variables in the guest, or files.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Error, ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -22,6 +22,8 @@ pub const ATTRIBUTES: [u8; 4] = [6, 0, 0, 0];
 /// More than any variable of Cordon's has, so that one read takes all of it: each read is a call of its own, and the next
 /// one may see another content.
 const READ: usize = 128 * 1024;
+/// How often a variable is read until it did not change meanwhile.
+const TRIES: u32 = 5;
 /// A file with more is no log of Cordon's.
 const MOST: usize = 16 << 20;
 
@@ -54,7 +56,7 @@ impl Efivars {
 /// The content of a file. The attributes that efivarfs puts before a variable are left out: no log of Cordon's begins like
 /// that.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
-    let read = || -> std::io::Result<Vec<u8>> {
+    let read = || -> Result<Vec<u8>, Error> {
         let mut file = File::open(path)?;
         let mut content = vec![0; READ];
         let mut used = 0;
@@ -71,7 +73,16 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
         content.truncate(used);
         Ok(content)
     };
-    let mut content = read().with_context(|| format!("cannot read {}", path.display()))?;
+    // Linux asks for a variable's size before it reads it, and fails when it grew in between.
+    let transient =
+        |error: &Error| !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied);
+    let mut content = read();
+    for _ in 1..TRIES {
+        if content.as_ref().is_err_and(transient) {
+            content = read();
+        }
+    }
+    let mut content = content.with_context(|| format!("cannot read {}", path.display()))?;
     ensure!(
         content.len() <= MOST,
         "{}: {} bytes, limit {MOST}: this is no log of Cordon's",
