@@ -50,7 +50,8 @@ pub struct Counters {
     pub late: u64,
 }
 
-/// The exposure log, of which `N` bytes are for what was measured. Made to be a `static`: it is large.
+/// The exposure log, of which `N` bytes are for what was measured. Made to be a `static`: it is large, and empty it is all
+/// zeros, which take no room in an image.
 pub struct ExposureLog<const N: usize = DEFAULT_SIZE> {
     /// Spec ID event, anchor, batches.
     log: [u8; N],
@@ -62,23 +63,28 @@ pub struct ExposureLog<const N: usize = DEFAULT_SIZE> {
     banks: Banks,
     /// PCR 22 before the first batch in the log.
     anchor: Digests,
-    event_type: u32,
+    extends: bool,
     /// Room for a batch header, then records.
     pending: [u8; HEADER + PENDING_SIZE],
+    /// Bytes of the records.
     filled: usize,
-    sealed: Option<Sealed>,
+    sealed: Sealed,
     counters: Counters,
     at_once: bool,
     deadline_us: Option<u64>,
     late: bool,
 }
 
-/// The part of the pending records that is being measured.
+/// The part of the pending records that is being measured: none when there are no records in it.
 #[derive(Clone, Copy)]
 struct Sealed {
     records: u32,
-    end: usize,
+    bytes: usize,
     late: bool,
+}
+
+impl Sealed {
+    const NONE: Self = Self { records: 0, bytes: 0, late: false };
 }
 
 impl<const N: usize> Default for ExposureLog<N> {
@@ -101,10 +107,10 @@ impl<const N: usize> ExposureLog<N> {
             batches_at: 0,
             banks: Banks::new(),
             anchor: Digests::new(),
-            event_type: EV_NO_ACTION,
+            extends: false,
             pending: [0; HEADER + PENDING_SIZE],
-            filled: HEADER,
-            sealed: None,
+            filled: 0,
+            sealed: Sealed::NONE,
             counters: ZERO,
             at_once: false,
             deadline_us: None,
@@ -117,7 +123,7 @@ impl<const N: usize> ExposureLog<N> {
     pub fn begin(&mut self, banks: &Banks, extends: bool) -> Result<(), Error> {
         self.banks = banks.clone();
         self.anchor = Digests::zero(banks);
-        self.event_type = if extends { EV_EVENT_TAG } else { EV_NO_ACTION };
+        self.extends = extends;
         self.anchor_at = LogWriter::create(&mut self.log, banks)?.used();
         self.batches_at = self.write_anchor()?;
         self.used = self.batches_at;
@@ -129,13 +135,13 @@ impl<const N: usize> ExposureLog<N> {
         let bytes = record.encode(self.counters.records);
         bump(&mut self.counters.records, 1);
         let urgency = record.urgency();
-        let end = self.filled.saturating_add(bytes.len());
-        let Some(room) = self.pending.get_mut(self.filled..end) else {
+        let at = HEADER.saturating_add(self.filled);
+        let Some(room) = self.pending.get_mut(at..at.saturating_add(bytes.len())) else {
             bump(&mut self.counters.lost, 1);
             return Urgency::AtOnce;
         };
         room.copy_from_slice(&bytes);
-        self.filled = end;
+        self.filled = self.filled.saturating_add(bytes.len());
         bump(&mut self.counters.pending, 1);
         match urgency {
             Urgency::AtOnce => self.at_once = true,
@@ -149,7 +155,7 @@ impl<const N: usize> ExposureLog<N> {
     /// Whether the next record will have room. Without it nothing should be done that leaves a record: a call is better
     /// refused than lost.
     pub fn has_room(&self) -> bool {
-        self.pending.len().saturating_sub(self.filled) >= RECORD_MAX
+        PENDING_SIZE.saturating_sub(self.filled) >= RECORD_MAX
     }
 
     /// Whether what is pending has to be measured now.
@@ -172,12 +178,11 @@ impl<const N: usize> ExposureLog<N> {
         let records =
             u32::try_from(self.counters.pending).ok().filter(|n| *n != 0 && !self.banks.is_empty())?;
         self.make_room();
-        let sealed = Sealed { records, end: self.filled, late: self.late };
         let header = self.header(now_us);
-        self.sealed = Some(sealed);
+        self.sealed = Sealed { records, bytes: self.filled, late: self.late };
         // The buffer begins with room for it.
         let _ = header.write_to_prefix(&mut self.pending);
-        self.pending.get(..sealed.end)
+        self.pending.get(..HEADER.saturating_add(self.filled))
     }
 
     /// The sealed batch is in the PCR with these digests: it goes into the log, and its records wait no more.
@@ -185,19 +190,24 @@ impl<const N: usize> ExposureLog<N> {
     /// # Errors
     /// [`Error::Digests`] when nothing is sealed or the digests are not those of the active banks; nothing changes then.
     pub fn extended(&mut self, digests: &Digests) -> Result<(), Error> {
-        let sealed = self.sealed.filter(|_| digests.are_of(&self.banks)).ok_or(Error::Digests)?;
-        let batch = self.pending.get(..sealed.end).unwrap_or_default();
+        let sealed = self.sealed;
+        if sealed.records == 0 || !digests.are_of(&self.banks) {
+            return Err(Error::Digests);
+        }
+        let end = HEADER.saturating_add(sealed.bytes);
+        let batch = self.pending.get(..end).unwrap_or_default();
+        let event_type = self.event_type();
         // As it was made by us, its start is the expected one.
         let resumed = LogWriter::resume(&mut self.log, self.used, &self.banks);
         let mut writer = resumed.map_err(|_| Error::Digests)?;
-        writer.append(PCR_EXPOSURE, self.event_type, digests, batch)?;
+        writer.append(PCR_EXPOSURE, event_type, digests, batch)?;
         self.used = writer.used();
-        self.sealed = None;
+        self.sealed = Sealed::NONE;
         bump(&mut self.counters.batches, 1);
         bump(&mut self.counters.late, sealed.late.into());
         self.counters.pending = self.counters.pending.saturating_sub(sealed.records.into());
-        self.pending.copy_within(sealed.end..self.filled, HEADER);
-        self.filled = HEADER.saturating_add(self.filled.saturating_sub(sealed.end));
+        self.pending.copy_within(end..HEADER.saturating_add(self.filled), HEADER);
+        self.filled = self.filled.saturating_sub(sealed.bytes);
         // Records that came while the TPM was at work do not wait any longer.
         self.at_once = self.counters.pending != 0;
         self.deadline_us = None;
@@ -218,7 +228,7 @@ impl<const N: usize> ExposureLog<N> {
         let out = out.get_mut(..length).unwrap_or_default();
         out.fill(0);
         let header = self.header(0);
-        let records = self.pending.get(HEADER..self.filled).unwrap_or_default();
+        let records = self.queue();
         let size = PENDING_SIGNATURE.len().saturating_add(HEADER).saturating_add(records.len());
         let head = event_head(PCR_REMARK, EV_NO_ACTION, &Digests::zero(&self.banks), size as u32);
         let log = self.log.get(..self.used).unwrap_or_default();
@@ -238,9 +248,18 @@ impl<const N: usize> ExposureLog<N> {
         length
     }
 
+    fn event_type(&self) -> u32 {
+        if self.extends { EV_EVENT_TAG } else { EV_NO_ACTION }
+    }
+
+    /// The pending records.
+    fn queue(&self) -> &[u8] {
+        self.pending.get(HEADER..HEADER.saturating_add(self.filled)).unwrap_or_default()
+    }
+
     /// The header of a batch of all that is pending.
     fn header(&self, sealed_us: u64) -> BatchHeader {
-        let records = self.pending.get(HEADER..self.filled).unwrap_or_default();
+        let records = self.queue();
         let first = Record::parse(records).map_or(self.counters.records, |(sequence, ..)| sequence);
         let size = HEADER.saturating_sub(8).saturating_add(records.len());
         BatchHeader {
@@ -260,8 +279,8 @@ impl<const N: usize> ExposureLog<N> {
 
     /// Drops the oldest batches until the pending ones would have room.
     fn make_room(&mut self) {
-        let head = event_head(PCR_EXPOSURE, self.event_type, &Digests::zero(&self.banks), 0);
-        let need = head.len().saturating_add(self.filled);
+        let head = event_head(PCR_EXPOSURE, self.event_type(), &Digests::zero(&self.banks), 0);
+        let need = head.len().saturating_add(HEADER).saturating_add(self.filled);
         let over = self.used.saturating_add(need).saturating_sub(N);
         if over == 0 {
             return;
