@@ -1,12 +1,13 @@
 //! `cordon status`, `cordon log`, `cordon exposure`, `cordon unlock`.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use firmware::service::Service;
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use crate::exposures::{self, Batch, Exposures, Sum, milliseconds, seconds, sums};
 use crate::source::{ATTRIBUTES, EXPOSURE, Efivars, STATUS, UNLOCK};
@@ -169,6 +170,7 @@ pub fn unlock(arguments: &UnlockArguments) -> Result<()> {
     let path = arguments.efivars.path(UNLOCK);
     let request = [&ATTRIBUTES[..], arguments.service.as_bytes()].concat();
     let write = || -> std::io::Result<()> {
+        unprotect(&path)?;
         // One write is one SetVariable.
         OpenOptions::new().write(true).create(true).truncate(false).open(&path)?.write_all(&request)
     };
@@ -177,5 +179,16 @@ pub fn unlock(arguments: &UnlockArguments) -> Result<()> {
         "{} is unlocked until the machine is reset; the exposure log has a record of it",
         arguments.service
     );
+    Ok(())
+}
+
+/// Linux protects the files of variables it does not know from being written by mistake. A request that is taken leaves no
+/// file; one that is refused leaves such a file, and the next one must get past it.
+fn unprotect(path: &Path) -> std::io::Result<()> {
+    let Ok(file) = File::open(path) else { return Ok(()) };
+    let Ok(flags) = ioctl_getflags(&file) else { return Ok(()) };
+    if flags.contains(IFlags::IMMUTABLE) {
+        ioctl_setflags(&file, flags.difference(IFlags::IMMUTABLE))?;
+    }
     Ok(())
 }
