@@ -211,7 +211,8 @@ impl<const N: usize> ExposureLog<N> {
         // Records that came while the TPM was at work do not wait any longer.
         self.at_once = self.counters.pending != 0;
         self.deadline_us = None;
-        self.late = false;
+        // What was said of the batch may have been meant for them too: rather one late batch too many.
+        self.late &= self.at_once;
         Ok(())
     }
 

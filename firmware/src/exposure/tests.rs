@@ -177,9 +177,11 @@ fn reads_are_due_by_number_or_by_time_and_all_else_at_once() {
     let batch = log.seal(66).map(|bytes| digests(&sha256(), bytes)).unwrap();
     // While the TPM works a read ends: it goes with the next batch, without waiting.
     log.record(&read(67));
+    log.mark_late();
     log.extended(&batch).unwrap();
-    assert!(log.due(67) && log.counters().pending == 1);
+    assert!(log.due(67) && log.counters().pending == 1 && log.counters().late == 0);
     assert!(measure(&mut log, 68) && !log.due(u64::MAX));
+    assert_eq!(log.counters().late, 1, "it was said of the rest");
 }
 
 #[test]
