@@ -57,7 +57,7 @@ lint: setup ## Formatting and lints of the host code and of the images
 	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings; \
 	if grep -qx rustup build/toolchain; then \
 		$(CARGO) clippy --quiet -p mle --bins --target x86_64-unknown-none -- -D warnings; \
-		$(CARGO) clippy --quiet -p loader --target x86_64-unknown-uefi -- -D warnings; \
+		$(CARGO) clippy --quiet -p loader -p hostile --target x86_64-unknown-uefi -- -D warnings; \
 	fi
 
 test: build lint ## Formatting, lints, host tests, then tests on whole machines
