@@ -407,11 +407,17 @@ impl<'a> Line<'a> {
 
     fn policy(self, service: Service) -> Result<Policy, ConfigErrorKind<'a>> {
         let Self { key, value } = self;
-        let expected = if service.supported() { "sandbox, locked or deny" } else { "deny" };
+        // The MLE answers that one itself, and no guest gets far without it.
+        let lockable = service != Service::SetVirtualAddressMap;
+        let expected = match (service.supported(), lockable) {
+            (false, _) => "deny",
+            (true, false) => "sandbox or deny",
+            (true, true) => "sandbox, locked or deny",
+        };
         match value {
             "deny" => Ok(Policy::Deny),
             "sandbox" if service.supported() => Ok(Policy::Sandbox),
-            "locked" if service.supported() => Ok(Policy::Locked),
+            "locked" if service.supported() && lockable => Ok(Policy::Locked),
             "sandbox" | "locked" | "deferred" | "native" | "relaunch" => {
                 Err(ConfigErrorKind::NotSupportedYet { key, value, expected })
             }

@@ -29,6 +29,11 @@ pub enum Reason {
         /// Time it was allowed.
         limit_us: u64,
     },
+    /// Whoever made the call did not come back for its result; microseconds.
+    Abandoned {
+        /// Time since the call began.
+        used_us: u64,
+    },
     /// A call made more exits than it may.
     Exits {
         /// How many it may make.
@@ -92,6 +97,7 @@ impl fmt::Display for Reason {
             Self::Budget { used_us, limit_us } => {
                 write!(f, "call took {} ms, budget {} ms", used_us / 1000, limit_us / 1000)
             }
+            Self::Abandoned { used_us } => write!(f, "call was abandoned for {} ms", used_us / 1000),
             Self::Exits { limit } => write!(f, "call made more than {limit} exits"),
             Self::Port { port, input } => {
                 write!(f, "tried to {} port {port:#x}", if input { "read" } else { "write" })
@@ -180,6 +186,8 @@ pub struct Counters {
     pub denied_ports: u64,
     /// MSR accesses denied, but for a last one that killed the sandbox.
     pub denied_msrs: u64,
+    /// The MSR denied last.
+    pub last_denied_msr: Option<u32>,
     /// How often it was made anew.
     pub restarts: u64,
     /// The port denied last.
@@ -297,7 +305,12 @@ impl Sandbox {
                     self.counters.last_denied_port = Some(*port);
                 }
             }
-            Verdict::DenyMsr => bump(&mut self.counters.denied_msrs),
+            Verdict::DenyMsr => {
+                bump(&mut self.counters.denied_msrs);
+                if let Exit::MsrRead { index } | Exit::MsrWrite { index, .. } = exit {
+                    self.counters.last_denied_msr = Some(*index);
+                }
+            }
             _ => {}
         }
         verdict

@@ -181,6 +181,8 @@ pub mod event {
     pub const INITRD: &str = "initrd";
     /// PCR 18: the command line; empty when absent.
     pub const CMDLINE: &str = "command line";
+    /// PCR 19: how far SMM is locked down.
+    pub const SMM: &str = "SMM facts";
 }
 
 /// The one policy that the loader writes and that the SLB stage and the MLE accept, in the form in which it is

@@ -11,6 +11,7 @@ use hv::io::PhysMem;
 use hv::radix::{self, TablePool};
 
 use crate::inputs::Inputs;
+use crate::memory::copy;
 use crate::paging;
 
 /// Why the guest cannot be set up.
@@ -197,11 +198,11 @@ pub fn write<P: TablePool>(
     let cmdline = take(0);
 
     let from = inputs.kernel.start().saturating_add(layout.placement.file_offset);
-    copy(mem, from, layout.placement.room.start(), layout.placement.file_len)?;
+    copy_to(mem, from, layout.placement.room.start(), layout.placement.file_len)?;
     let mut cmdline_len = 0;
     if let Some(source) = inputs.cmdline {
         cmdline_len = source.len();
-        copy(mem, source.start(), cmdline, cmdline_len)?;
+        copy_to(mem, source.start(), cmdline, cmdline_len)?;
     }
     put(mem, cmdline.saturating_add(cmdline_len), &[0])?;
 
@@ -296,22 +297,12 @@ fn put(mem: &impl PhysMem, at: u64, bytes: &[u8]) -> Result<(), BootError> {
     Err(range.map_or(BootError::NoRoom { size: 0 }, BootError::Memory))
 }
 
-/// Copies `len` bytes by pieces.
-fn copy(mem: &impl PhysMem, from: u64, to: u64, len: u64) -> Result<(), BootError> {
-    let mut piece = [0; 4096];
-    let mut done = 0;
-    while done < len {
-        let now = usize::try_from(len.saturating_sub(done)).unwrap_or(usize::MAX).min(piece.len());
-        let part = piece.get_mut(..now).unwrap_or_default();
-        let source = from.saturating_add(done);
-        if !mem.read(source, part) {
-            let range = PhysRange::new(source, now as u64);
-            return Err(range.map_or(BootError::NoRoom { size: 0 }, BootError::Memory));
-        }
-        put(mem, to.saturating_add(done), part)?;
-        done = done.saturating_add(now as u64);
+/// Copies `len` bytes, which may be none.
+fn copy_to(mem: &impl PhysMem, from: u64, to: u64, len: u64) -> Result<(), BootError> {
+    match PhysRange::new(to, len) {
+        Some(to) => copy(mem, from, &to).map_err(BootError::Memory),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

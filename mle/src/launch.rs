@@ -7,13 +7,12 @@ use core::convert::Infallible;
 use core::fmt;
 
 use firmware::acpi;
-use firmware::call::Gate;
 use firmware::config::{Config, ConfigError};
+use firmware::exposure::{Kind, Record, Text};
 use firmware::linux::{HEADER_BYTES, Kernel, LinuxError};
 use firmware::measure;
 use firmware::memmap::{MapError, MemoryMap};
-use firmware::sandbox::Sandbox;
-use firmware::service::Service;
+use firmware::smm::facts::Facts;
 use firmware::tables::{FirmwareTables, TablesError};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
@@ -30,15 +29,17 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::apic::Xapic;
 use crate::boot::{self, BootError};
-use crate::cpu::{Cpu, CpuMemory, FpuArea};
+use crate::cpu::{Cpu, CpuMemory};
 use crate::inputs::{self, InputError, Inputs};
 use crate::measure::{MeasureError, Measurer};
 use crate::memory::{self, ApicPage, MemoryError};
 use crate::metal::{Identity, Msrs, PhysWindow, Ports, TscClock};
 use crate::platform::Machine;
 use crate::pool::PagePool;
+use crate::sandbox::{self, SandboxError};
+use crate::services::{self, STATUS_MAX};
 use crate::smp::{Setup, SmpError};
-use crate::{apic as local_apic, fatal, guest, logger, paging, run, services, smp, trap};
+use crate::{apic as local_apic, exposure, fatal, guest, logger, paging, run, smi, smp, trap};
 
 /// Devices that firmware may not claim for its runtime; IOMMUs and the MLE's memory are refused by the address space.
 const FIXED_DEVICES: [PhysRange; 2] = [
@@ -100,6 +101,8 @@ pub enum LaunchError<'a> {
     Memory(MemoryError),
     /// The other CPUs.
     Smp(SmpError),
+    /// The firmware's sandbox.
+    Sandbox(SandboxError),
     /// The CPU lacks something.
     Cpu(&'static str),
 }
@@ -121,6 +124,7 @@ impl fmt::Display for LaunchError<'_> {
             Self::OutOfMemory(what) => write!(f, "the MLE region has no room left for {what}"),
             Self::Memory(e) => write!(f, "{e}"),
             Self::Smp(e) => write!(f, "{e}"),
+            Self::Sandbox(e) => write!(f, "{e}"),
             Self::Cpu(what) => write!(f, "this CPU {what}"),
         }
     }
@@ -146,6 +150,7 @@ from_error! {
     radix::Error => Tables;
     space::Error => Space;
     SmpError => Smp;
+    SandboxError => Sandbox;
     MemoryError => Memory;
     TablesError => Efi;
 }
@@ -166,6 +171,7 @@ pub unsafe fn start(handoff: &Handoff, image: Image) -> ! {
 fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<Infallible, LaunchError<'a>> {
     let clock = TscClock { khz: handoff.tsc_khz.max(1) };
     logger::init(clock);
+    exposure::start_clock(&clock);
     info!("Cordon {} in control", env!("CARGO_PKG_VERSION"));
 
     // SAFETY: the SLB stage's tables map 0 to 4 GiB; everything of ours lies in the region.
@@ -240,7 +246,11 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     for item in measure::items(&map, Some(&acpi))? {
         measurer.memory(PCR_FIRMWARE, &item.name(), Some(item.range), &mem)?;
     }
-    info!("configuration, kernel, initrd, command line and firmware measured");
+    // SAFETY: bare metal, CPL 0; read only.
+    let msrs = unsafe { Msrs::new() };
+    let smm = smi::facts(&msrs, &ports, &mem, inputs.acpi_rsdp);
+    measurer.data(PCR_FIRMWARE, event::SMM, &smm.measured())?;
+    info!("configuration, kernel, initrd, command line, firmware and SMM facts measured");
 
     // The guest's memory.
     let mut head = [0; HEADER_BYTES];
@@ -274,7 +284,8 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     )?;
     info!("guest: {} MiB of RAM, DMA open to it alone", layout.map.ram_bytes() >> 20);
 
-    let log_used = measurer.finish();
+    let (log_used, tpm) = measurer.finish();
+    exposure::begin(tpm, inputs.tpm_degraded).map_err(MeasureError::Tpm)?;
     if let Some(records) = log.get(..log_used) {
         // For whoever reads the guest's memory; the MLE's own copy is the one it serves.
         mem.write(inputs.log.start(), records);
@@ -284,9 +295,11 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let msrpm: &mut Msrpm = pool.object().ok_or(LaunchError::OutOfMemory("the MSR map"))?;
     guest::msr::intercept_guarded(msrpm);
     let iopm: &mut Iopm = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
+    guest::ports::guard_smi(iopm);
     if !cpu.ignores_a20_mask() {
-        guest::a20::guard(iopm, &ports);
+        guest::ports::guard_a20(iopm, &ports);
     }
+    smi::set_guest_policy(config.guest_smi);
     let vm = VmTables {
         msrpm: &raw const *msrpm as u64,
         iopm: &raw const *iopm as u64,
@@ -295,8 +308,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     };
     // SAFETY: the APIC page is mapped uncached.
     let local = Xapic(unsafe { PhysWindow::new(local_apic::XAPIC_BASE, PAGE_SIZE as u32) });
-    // SAFETY: bare metal, CPL 0; read only.
-    if !Xapic::<PhysWindow>::usable(&unsafe { Msrs::new() }) {
+    if !Xapic::<PhysWindow>::usable(&msrs) {
         return Err(LaunchError::Cpu("has its APIC moved, disabled or in x2APIC mode"));
     }
     let apic_page = ApicPage::take(&space, &nested, &mut pool)?;
@@ -313,38 +325,27 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     }
     smp::start(setups, inputs.launch_page, &own, &mut pool, &local, &clock)?;
 
-    // The firmware's sandbox.
-    let none = || LaunchError::OutOfMemory("the sandbox");
-    let sandbox_tables = Tables::new(&NPT, 4, features.largest, &mut pool)?;
-    space.map_view(View::Sandbox, &sandbox_tables, &mut pool)?;
-    let sandbox_msrs: &mut Msrpm = pool.object().ok_or_else(none)?;
-    sandbox_msrs.close();
-    config.sandbox.msrs.iter().for_each(|&index| sandbox_msrs.allow_read(index));
-    let sandbox_ports: &mut Iopm = pool.object().ok_or_else(none)?;
-    sandbox_ports.close();
-    let sandbox_vm = VmTables {
-        msrpm: &raw const *sandbox_msrs as u64,
-        iopm: &raw const *sandbox_ports as u64,
-        nested_root: sandbox_tables.root(),
-        asid: 2,
-    };
-    let parts = services::Parts {
-        gate: Gate::new(&config, layout.thunks, layout.tables),
-        state: Sandbox::new(&config, acpi::pm_timer(&mem, &acpi)),
-        vcpu: SvmVcpu::new(pool.object().ok_or_else(none)?, Role::Sandbox, &sandbox_vm),
-        entries: Service::ALL.map(|s| tables.entry(s, &map)),
-        area: layout.sandbox,
-        buffer: pool.object().ok_or_else(none)?,
-        fpu: FpuArea::new(&mut pool).ok_or_else(none)?,
-        return_to: inputs.region.start(),
-        space,
-        mem,
-        clock,
-        log: log.get(..log_used).unwrap_or_default(),
-        status: status(&inputs, &cpu, cpus),
-    };
-    // SAFETY: the area was chosen for the sandbox and is nobody else's; its first pages are for these tables.
-    services::install(parts, |area| unsafe { PagePool::new(area) })?;
+    let log = log.get(..log_used).unwrap_or_default();
+    sandbox::set_up(
+        &mut pool,
+        sandbox::Input {
+            config: &config,
+            layout: &layout,
+            map: &map,
+            tables: &tables,
+            pm_timer: acpi::pm_timer(&mem, &acpi),
+            largest: features.largest,
+            return_to: inputs.region.start(),
+            space,
+            mem,
+            clock,
+            log,
+            status: status(&inputs, &cpu, cpus, &smm),
+        },
+    )?;
+    let record = Record::new(Kind::LAUNCH, local.id(), exposure::now_us(&clock));
+    exposure::record(&Record { text: Some(Text::new(env!("CARGO_PKG_VERSION"))), ..record });
+    exposure::flush(&clock);
 
     let mut vcpu = SvmVcpu::new(vmcb, Role::Guest, &bsp);
     vcpu.start_long_mode(start.rip, start.rsp, start.cr3, start.gdt);
@@ -385,15 +386,15 @@ fn stop_bus_masters(ports: &Ports) {
 }
 
 /// What is in force, for the guest to read.
-fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize) -> heapless::String<1024> {
+fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize, smm: &Facts) -> heapless::String<STATUS_MAX> {
     let mut text = heapless::String::new();
     let say = |yes| if yes { "yes" } else { "no" };
-    // 1024 bytes hold these five lines.
+    // Room for these lines and a line for each fact.
     let _ = fmt::write(
         &mut text,
         format_args!(
             "version: {}\nCPUs: {cpus}\nPCRs 17-19 hold the launch: {}\nTPM localities 2 and up: not in the guest's nested tables\n\
-             INIT redirected (VM_CR.R_INIT): {}\n",
+             INIT redirected (VM_CR.R_INIT): {}\n{smm}",
             env!("CARGO_PKG_VERSION"),
             say(!inputs.tpm_degraded),
             say(cpu.redirects_init()),

@@ -7,6 +7,7 @@ pub mod acpi;
 pub mod apic;
 pub mod boot;
 pub mod cpu;
+pub mod exposure;
 #[cfg(test)]
 mod fake;
 pub mod fatal;
@@ -21,7 +22,9 @@ pub mod paging;
 pub mod platform;
 pub mod pool;
 pub mod run;
+pub mod sandbox;
 pub mod services;
 pub mod slb;
+pub mod smi;
 pub mod smp;
 pub mod trap;

@@ -132,10 +132,10 @@ impl<'a> Measurer<'a> {
         Ok(self.tpm.measure(&mut self.log, pcr, EV_SLAUNCH, name.as_bytes(), digests)?)
     }
 
-    /// Gives the TPM to the guest; the log's length.
-    pub fn finish(mut self) -> usize {
+    /// Gives the TPM to the guest. The log's length, and the way to the TPM for what is measured later.
+    pub fn finish(mut self) -> (usize, Tpm<PhysWindow, TscClock>) {
         self.tpm.release();
-        self.log.used()
+        (self.log.used(), self.tpm)
     }
 }
 

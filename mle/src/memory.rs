@@ -5,6 +5,7 @@ use core::sync::atomic::Ordering;
 
 use firmware::memmap::{MemoryMap, MemoryType};
 use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::io::PhysMem;
 use hv::radix::{self, Tables};
 use hv::space::{self, AddressSpace, Hole, Kind, View};
 
@@ -14,6 +15,28 @@ use crate::guest::apic_window::ApicWindow;
 use crate::inputs::Inputs;
 use crate::measure::TPM_CLOSED;
 use crate::pool::PagePool;
+
+/// Copies to `to` from as many bytes at `from`, by pieces.
+///
+/// # Errors
+/// The piece that is not memory.
+pub fn copy(mem: &impl PhysMem, from: u64, to: &PhysRange) -> Result<(), PhysRange> {
+    let mut piece = [0; 4096];
+    let mut done = 0;
+    while done < to.len() {
+        let now = usize::try_from(to.len().saturating_sub(done)).unwrap_or(usize::MAX).min(piece.len());
+        let part = piece.get_mut(..now).unwrap_or_default();
+        let (source, target) = (from.saturating_add(done), to.start().saturating_add(done));
+        if !mem.read(source, part) {
+            return Err(PhysRange::new(source, now as u64).unwrap_or(*to));
+        }
+        if !mem.write(target, part) {
+            return Err(PhysRange::new(target, now as u64).unwrap_or(*to));
+        }
+        done = done.saturating_add(now as u64);
+    }
+    Ok(())
+}
 
 /// Why tables could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

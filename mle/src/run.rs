@@ -3,18 +3,19 @@
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use hv::io::Mmio;
+use firmware::exposure::{self as log_format, Decision, Kind, Record};
+use hv::io::{Clock, Mmio};
 use hv::vcpu::{Access, Exit, Vcpu};
 use spin::Mutex;
 use svm::vcpu::SvmVcpu;
 
 use crate::apic::{Command, ICR_HIGH, ICR_LOW, XAPIC_BASE, Xapic};
 use crate::cpu::{self, Cpu};
-use crate::guest::a20;
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
+use crate::guest::ports as guarded;
 use crate::metal::{PhysWindow, Ports, TscClock};
-use crate::{fatal, services, smp};
+use crate::{exposure, fatal, services, smi, smp};
 
 /// Exits of each CPU, by kind.
 static EXITS: [[AtomicU64; Exit::KINDS]; smp::MAX_CPUS] =
@@ -64,10 +65,29 @@ fn refusals() -> spin::MutexGuard<'static, Refusals> {
     REFUSALS.lock()
 }
 
+impl Refusal {
+    /// For the exposure log.
+    fn on_record(&self, id: u32, clock: &TscClock) -> Record {
+        let how = match self.access {
+            Access::Read => log_format::Access::READ,
+            Access::Write => log_format::Access::WRITE,
+            Access::Fetch => log_format::Access::EXECUTE,
+        };
+        let access = Some(log_format::Access { source: id, address: self.gpa, how });
+        let record = Record::new(Kind::DENIED_MEMORY, id, exposure::now_us(clock));
+        Record { access, decision: Decision::DENIED, ..record }
+    }
+}
+
 impl Refusals {
-    fn record(&mut self, refusal: Refusal) {
+    /// Counts a refusal. True for the first of its sort: a guest that goes on trying the same page is counted, and cannot
+    /// flood the exposure log.
+    fn record(&mut self, refusal: Refusal) -> bool {
         self.total = self.total.saturating_add(1);
+        let sort = |r: &Refusal| (r.gpa >> 12, r.access);
+        let again = self.last.iter().any(|r| sort(r) == sort(&refusal));
         self.last.write(refusal);
+        !again
     }
 }
 
@@ -112,7 +132,10 @@ pub fn guest(
         match exits::answer(vcpu, exit, cpu, watched) {
             Next::Resume => {}
             Next::Refused { gpa, access } => {
-                refusals().record(Refusal { cpu: index, gpa, access, rip: vcpu.rip() });
+                let refusal = Refusal { cpu: index, gpa, access, rip: vcpu.rip() };
+                if refusals().record(refusal) {
+                    exposure::record(&refusal.on_record(local.id(), clock));
+                }
             }
             Next::Apic { .. } if !smp::any_parked() => window.set(View::Device),
             Next::Apic { offset, access } => {
@@ -121,7 +144,12 @@ pub fn guest(
                 branch_trap = cpu.hold_branch_trap();
                 vcpu.begin_step();
             }
-            Next::Smi | Next::Nmi => cpu.let_pending_in(),
+            Next::Nmi => cpu.let_pending_in(),
+            Next::Smi => {
+                let since = clock.now_us();
+                cpu.let_pending_in();
+                smi::arrived(index, local.id(), clock.now_us().saturating_sub(since), clock);
+            }
             Next::Init => {
                 cpu.let_pending_in();
                 cpu.init_arrived();
@@ -134,7 +162,10 @@ pub fn guest(
                 }
             },
             Next::Port { port, size, input: false, .. } => {
-                a20::write(&ports, port, size, vcpu.gprs().rax as u32);
+                let (id, value) = (local.id(), vcpu.gprs().rax as u32);
+                guarded::write(&ports, port, size, value, |command| {
+                    smi::of_guest(command, id, cpu, &ports, clock)
+                });
                 services::finish_port(vcpu, exit);
             }
             Next::Port { .. } => services::port_access(vcpu, exit, Some(ports)),
@@ -143,5 +174,7 @@ pub fn guest(
                 fatal::stop(format_args!("guest exit: {exit}; {}", cpu::describe(vcpu)));
             }
         }
+        // What waits for the guest's own use of the TPM is tried again at the next exit.
+        let _ = exposure::settle(clock);
     }
 }

@@ -7,27 +7,33 @@
 use core::fmt::Write;
 
 use firmware::call::{
-    Args, Begin, CALL_BUFFER_SIZE, CallBuffer, Gate, OwnVariable, OwnVariables, Pending, ResetKind, Status,
+    Answer, Args, Begin, CALL_BUFFER_SIZE, CallBuffer, Gate, OwnVariable, OwnVariables, Pending, ResetKind,
+    Services as Unlocked, Status,
 };
-use firmware::sandbox::{Reason, Sandbox, Verdict};
+use firmware::exposure::{self as log_format, Decision, Denied, Kind, Name, Record, Text, Variable};
+use firmware::sandbox::{Counters, NotReady, Reason, SMI_COMMAND, Sandbox, State, Verdict};
 use firmware::service::{COUNT, Service};
 use firmware::tables::{HYPERCALL_LENGTH, service_at};
-use heapless::String;
+use heapless::{String, Vec};
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::{Clock, PhysMem, PortIo};
+use hv::launch::PCR_EXPOSURE;
 use hv::radix::{Error, TablePool};
 use hv::space::AddressSpace;
 use hv::vcpu::{Access, Exception, Exit, Vcpu};
 use log::warn;
-use spin::Mutex;
+use spin::{Mutex, Once};
 use svm::vcpu::SvmVcpu;
 use zerocopy::IntoBytes;
 
 use crate::cpu::{Cpu, FpuArea};
+use crate::exposure::{self, Settled};
 use crate::guest::cpuid;
 use crate::guest::exits::TWO_BYTES;
 use crate::guest::walk::GuestView;
+use crate::memory::copy;
 use crate::metal::{Identity, Ports, TscClock};
+use crate::smi::{self, SmiGate};
 use crate::{paging, run};
 
 /// Memory that the sandbox works in: page tables, GDT, stack, call buffer.
@@ -36,6 +42,11 @@ pub const SANDBOX_SIZE: u64 = TABLES_SIZE + PAGE_SIZE + STACK_SIZE + CALL_BUFFER
 const TABLES_SIZE: u64 = 6 * PAGE_SIZE;
 /// The firmware's stack. Spec: \[UEFI\] "x64 Platforms", 128 KiB or more.
 const STACK_SIZE: u64 = 32 * PAGE_SIZE;
+
+/// Longest part of the status that is fixed at launch, in bytes.
+pub const STATUS_MAX: usize = 2048;
+/// Most ranges of firmware memory that a dead sandbox is made anew from.
+pub const PRISTINE_MAX: usize = 32;
 
 /// What a sandbox is made of.
 pub struct Parts {
@@ -61,27 +72,54 @@ pub struct Parts {
     pub mem: Identity,
     /// Time.
     pub clock: TscClock,
+    /// Software SMIs.
+    pub smi: SmiGate,
+    /// Memory as it was at launch, and where its copy is: what a dead sandbox is made anew from.
+    pub pristine: Vec<(PhysRange, u64), PRISTINE_MAX>,
+    /// The PCR that shows what the guest unlocked.
+    pub unlock_pcr: u32,
     /// The DRTM event log.
     pub log: &'static [u8],
     /// What is in force, for the guest to read.
-    pub status: String<1024>,
+    pub status: String<STATUS_MAX>,
 }
 
 /// The services, one call at a time.
 pub struct Services {
     parts: Parts,
     root: u64,
-    under_way: Option<UnderWay>,
+    under_way: Option<(Call, Phase)>,
 }
 
-/// A preempted call.
-struct UnderWay {
-    pending: Pending,
+/// A call whose status the guest does not know yet. The guest is at the hypercall instruction, and each time it runs into
+/// it the call goes on.
+struct Call {
+    service: Service,
     /// The CPU whose guest made it, by its APIC ID.
     owner: u32,
+    /// When it began, since the MLE's start.
+    since_us: u64,
+    /// What the sandbox had done before.
+    before: Counters,
+    /// The variable that it is about, by the MLE's own copy of the arguments.
+    variable: Option<Variable>,
 }
 
-static SERVICES: Mutex<Option<Services>> = Mutex::new(None);
+/// How far a call is. A record of what happened comes before the measurement, the measurement before the guest sees it.
+enum Phase {
+    /// Firmware runs.
+    Running(Pending),
+    /// Firmware returned this in RAX. It is on record; the results are still in the buffer.
+    Returned(Pending, u64),
+    /// All is on record but for the guest's knowing the status.
+    Answered(Status),
+    /// The request to unlock is on record; nothing is open yet.
+    Unlocking(Unlocked),
+    /// The wish for a reset is on record.
+    Resetting(ResetKind),
+}
+
+static SERVICES: Once<Mutex<Services>> = Once::new();
 
 /// What the run loop does after a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,31 +130,35 @@ pub enum Next {
     Reset(ResetKind),
 }
 
-/// Sets the services up. `pool` gives pages of the area's first part.
-pub fn install<P: TablePool>(parts: Parts, pool: impl FnOnce(PhysRange) -> P) -> Result<(), Error> {
-    let start = parts.area.start();
-    let mut root = 0;
-    if let Some(tables) = PhysRange::new(start, TABLES_SIZE) {
-        // The tables lie in memory that the sandbox can write: they are a convenience of its address space. What it
-        // can reach is decided by the nested tables alone.
-        let mut pool = pool(tables);
-        root = paging::open_identity(&mut pool)?;
-    }
-    *SERVICES.lock() = Some(Services { parts, root, under_way: None });
-    Ok(())
+/// Builds the sandbox's own page tables, at the start of its area: their root, and where they are. `pool` gives pages of
+/// that part.
+///
+/// The sandbox can write them: they are a convenience of its address space. What it can reach is decided by the nested
+/// tables alone.
+pub fn own_tables<P: TablePool>(
+    area: &PhysRange,
+    pool: impl FnOnce(PhysRange) -> P,
+) -> Result<(u64, PhysRange), Error> {
+    let tables = PhysRange::new(area.start(), TABLES_SIZE).ok_or(Error::OutOfTables)?;
+    Ok((paging::open_identity(&mut pool(tables))?, tables))
+}
+
+/// Opens the services. `root` is that of the sandbox's own tables.
+pub fn open(parts: Parts, root: u64) {
+    SERVICES.call_once(|| Mutex::new(Services { parts, root, under_way: None }));
 }
 
 /// Takes a hypercall of the guest that was called from one of its thunks.
 pub fn call(cpu: &mut Cpu, vcpu: &mut SvmVcpu<'_>, apic_id: u32, ports: Ports) -> Next {
-    let Some(mut services) = SERVICES.try_lock() else {
-        // Another CPU's call is running: the guest tries again, and an SMI that the other needs gets through here.
-        cpu.let_pending_in();
+    let Some(services) = SERVICES.get() else {
+        vcpu.inject(Exception::InvalidOpcode);
         return Next::Resume;
     };
-    match services.as_mut() {
-        Some(services) => services.call(cpu, vcpu, apic_id, ports),
+    match services.try_lock() {
+        Some(mut services) => services.call(cpu, vcpu, apic_id, ports),
         None => {
-            vcpu.inject(Exception::InvalidOpcode);
+            // Another CPU's call is running: the guest tries again, and an SMI that the other needs gets through here.
+            cpu.let_pending_in();
             Next::Resume
         }
     }
@@ -139,7 +181,17 @@ impl OwnVariables for Own<'_> {
                 // 4096 bytes hold all of it.
                 let _ = writeln!(text, "{}sandbox: {:?}", self.status, self.sandbox.state());
                 let _ = writeln!(text, "calls: {}, exits {}, SMIs {}", c.calls, c.exits, c.smis);
-                let _ = writeln!(text, "denied ports: {}, longest call {} us", c.denied_ports, c.longest_us);
+                let _ = writeln!(
+                    text,
+                    "denied ports: {}, denied MSRs: {}, restarts: {}, longest call {} us",
+                    c.denied_ports, c.denied_msrs, c.restarts, c.longest_us
+                );
+                let e = exposure::counters();
+                let _ = writeln!(
+                    text,
+                    "exposure: {} records in {} batches, {} spilled, {} lost, {} batches late",
+                    e.records, e.batches, e.spilled, e.lost, e.late
+                );
                 run::write_refusals(&mut text);
                 text.as_bytes()
             }
@@ -147,6 +199,7 @@ impl OwnVariables for Own<'_> {
                 run::write_counts(&mut text);
                 text.as_bytes()
             }
+            OwnVariable::Exposure => return exposure::write_log(out),
         };
         let len = content.len().min(out.len());
         if let (Some(to), Some(from)) = (out.get_mut(..len), content.get(..len)) {
@@ -163,49 +216,182 @@ impl Services {
             vcpu.inject(Exception::InvalidOpcode);
             return Next::Resume;
         };
-        let pending = match self.under_way.take() {
-            Some(call) if call.owner == apic_id && call.pending.service() == service => call.pending,
-            Some(call) => {
-                // The caller of that one is gone (kexec, a crash): the firmware is in the middle of something.
-                if self.parts.state.deadline_us().is_some_and(|d| self.parts.clock.now_us() < d) {
-                    self.under_way = Some(call);
-                    cpu.let_pending_in();
-                    return Next::Resume;
-                }
-                let limit_us = 0;
-                self.parts.state.kill(Reason::Budget { used_us: limit_us, limit_us });
+        let (call, mut phase) = match self.under_way.take() {
+            Some((call, phase)) if call.owner == apic_id && call.service == service => (call, phase),
+            Some((call, phase)) => {
+                self.wait_for(call, phase);
+                cpu.let_pending_in();
                 return Next::Resume;
             }
-            None => match self.begin(service, vcpu) {
-                Ok(pending) => pending,
-                Err(next) => return next,
+            None => match self.begin(service, vcpu, apic_id) {
+                Some(begun) => begun,
+                None => return Next::Resume,
             },
         };
-        cpu.swap_fpu(&mut self.parts.fpu);
-        let end = self.run(cpu, vcpu, ports);
-        cpu.swap_fpu(&mut self.parts.fpu);
-        let parts = &mut self.parts;
-        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
-        let outcome = match end {
-            End::Preempted => {
-                self.under_way = Some(UnderWay { pending, owner: apic_id });
-                return Next::Resume;
+        loop {
+            let next = match phase {
+                Phase::Running(pending) => self.run_firmware(&call, pending, cpu, vcpu, ports),
+                Phase::Returned(pending, rax) => match exposure::settle(&self.parts.clock) {
+                    Settled::Wait => Err(Phase::Returned(pending, rax)),
+                    Settled::Measured | Settled::Late => Ok(self.give(&call, pending, rax, vcpu)),
+                },
+                Phase::Answered(status) => match exposure::settle(&self.parts.clock) {
+                    Settled::Wait => Err(Phase::Answered(status)),
+                    Settled::Measured | Settled::Late => {
+                        finish(vcpu, status);
+                        return Next::Resume;
+                    }
+                },
+                Phase::Unlocking(services) => self.unlock(services),
+                Phase::Resetting(kind) => match exposure::flush(&self.parts.clock) {
+                    Settled::Wait => Err(Phase::Resetting(kind)),
+                    Settled::Measured | Settled::Late => return Next::Reset(kind),
+                },
+            };
+            match next {
+                Ok(next) => phase = next,
+                Err(waiting) => {
+                    self.under_way = Some((call, waiting));
+                    return Next::Resume;
+                }
             }
+        }
+    }
+
+    /// Another CPU's call, or another service, while a call is under way: it waits. When the time of the call is up its
+    /// caller is gone (kexec, a crash), and firmware may be in the middle of something.
+    fn wait_for(&mut self, call: Call, phase: Phase) {
+        let now = self.parts.clock.now_us();
+        match self.parts.state.deadline_us() {
+            Some(deadline) if now < deadline => self.under_way = Some((call, phase)),
+            Some(_) => {
+                let used_us = exposure::now_us(&self.parts.clock).saturating_sub(call.since_us);
+                self.died(&call, Reason::Abandoned { used_us });
+                self.parts.state.kill(Reason::Abandoned { used_us });
+            }
+            // Only the measurement is left, and with the next call it is made.
+            None => {}
+        }
+    }
+
+    /// Runs firmware. `Err` is the phase in which the call waits.
+    fn run_firmware(
+        &mut self,
+        call: &Call,
+        pending: Pending,
+        cpu: &mut Cpu,
+        vcpu: &SvmVcpu<'_>,
+        ports: Ports,
+    ) -> Result<Phase, Phase> {
+        cpu.swap_fpu(&mut self.parts.fpu);
+        let end = self.run(call, cpu, vcpu, ports);
+        cpu.swap_fpu(&mut self.parts.fpu);
+        match end {
+            End::Preempted => Err(Phase::Running(pending)),
             End::Returned => {
-                copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::FromSandbox);
-                let rax = parts.vcpu.gprs().rax;
-                parts.gate.end(pending, rax, &view, parts.buffer)
+                let rax = self.parts.vcpu.gprs().rax;
+                let record = self.record_of(call, Decision::SANDBOX, rax);
+                exposure::record(&record);
+                Ok(Phase::Returned(pending, rax))
             }
             End::Dead(reason) => {
-                warn!("sandbox is dead: firmware {reason} in {service:?}");
-                parts.gate.end_without_firmware(pending, &view, parts.buffer)
+                self.died(call, reason);
+                let parts = &mut self.parts;
+                let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+                let status = parts.gate.end_without_firmware(pending, &view, parts.buffer).status;
+                let record = self.record_of(call, Decision::SANDBOX, status.0 as u64);
+                exposure::record(&record);
+                Ok(Phase::Answered(status))
             }
-        };
-        if let Some(anomaly) = outcome.anomaly {
-            warn!("firmware returned {anomaly} from {service:?}");
         }
-        finish(vcpu, outcome.status);
-        Next::Resume
+    }
+
+    /// Checks firmware's results and copies them to the guest.
+    fn give(&mut self, call: &Call, pending: Pending, rax: u64, vcpu: &SvmVcpu<'_>) -> Phase {
+        let parts = &mut self.parts;
+        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+        copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::FromSandbox);
+        let outcome = parts.gate.end(pending, rax, &view, parts.buffer);
+        if let Some(anomaly) = outcome.anomaly {
+            warn!("{anomaly} from {:?}", call.service);
+            let text = Some(Text::new(anomaly));
+            let status = outcome.status.0 as u64;
+            exposure::record(&Record {
+                text,
+                kind: Kind::REFUSED,
+                ..self.record_of(call, Decision::DENIED, status)
+            });
+        }
+        Phase::Answered(outcome.status)
+    }
+
+    /// Opens what the guest asked for, once its wish is in the PCRs.
+    fn unlock(&mut self, services: Unlocked) -> Result<Phase, Phase> {
+        let pcr = self.parts.unlock_pcr;
+        let mut measured = exposure::flush(&self.parts.clock);
+        if measured == Settled::Measured && (pcr != PCR_EXPOSURE || !exposure::measures()) {
+            let mut text = String::<256>::new();
+            // The fourteen names take 215 bytes.
+            let _ = write!(text, "unlock {services}");
+            measured = exposure::extend(pcr, text.as_bytes());
+        }
+        match measured {
+            Settled::Wait => Err(Phase::Unlocking(services)),
+            Settled::Late => Ok(Phase::Answered(Status::DEVICE_ERROR)),
+            Settled::Measured => {
+                self.parts.gate.unlock(services);
+                Ok(Phase::Answered(Status::SUCCESS))
+            }
+        }
+    }
+
+    /// What is on record of a call so far.
+    fn record_of(&self, call: &Call, decision: Decision, status: u64) -> Record {
+        let (now, before) = (self.parts.state.counters(), &call.before);
+        let grown = |now: u64, before: u64| now.saturating_sub(before);
+        let small = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
+        let (ports, msrs) =
+            (grown(now.denied_ports, before.denied_ports), grown(now.denied_msrs, before.denied_msrs));
+        let denied = Denied {
+            ports: small(ports),
+            msrs: small(msrs),
+            last_port: now.last_denied_port.unwrap_or(0),
+            last_msr: now.last_denied_msr.unwrap_or(0),
+            ..Denied::default()
+        };
+        let long = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        Record {
+            status,
+            duration_us: long(exposure::now_us(&self.parts.clock).saturating_sub(call.since_us)),
+            exits: long(grown(now.exits, before.exits)),
+            smis: long(grown(now.smis, before.smis)),
+            variable: call.variable,
+            denied: (ports != 0 || msrs != 0).then_some(denied),
+            ..Record::call(call.service, decision, call.owner, call.since_us)
+        }
+    }
+
+    /// The sandbox is dead: says so and puts it on record.
+    fn died(&self, call: &Call, reason: Reason) {
+        warn!("sandbox is dead: firmware {reason} in {:?}", call.service);
+        let access = match reason {
+            Reason::Memory { gpa, access } => {
+                let how = match access {
+                    Access::Read => log_format::Access::READ,
+                    Access::Write => log_format::Access::WRITE,
+                    Access::Fetch => log_format::Access::EXECUTE,
+                };
+                Some(log_format::Access { source: call.owner, address: gpa, how })
+            }
+            _ => None,
+        };
+        let text = Some(Text::new(reason));
+        exposure::record(&Record {
+            access,
+            text,
+            service: call.service as u8,
+            ..Record::new(Kind::SANDBOX_DIED, call.owner, exposure::now_us(&self.parts.clock))
+        });
     }
 
     /// The service whose thunk made the hypercall: at CPL 0, at its place, with its number.
@@ -216,34 +402,79 @@ impl Services {
         (vcpu.cpl() == 0 && vcpu.code().1 && at == service).then_some(service)
     }
 
-    /// Decodes a new call; what is left to do without firmware is done.
-    fn begin(&mut self, service: Service, vcpu: &mut SvmVcpu<'_>) -> Result<Pending, Next> {
+    /// Decodes a new call. `None` when the guest has its answer already.
+    fn begin(&mut self, service: Service, vcpu: &mut SvmVcpu<'_>, apic_id: u32) -> Option<(Call, Phase)> {
+        if !exposure::has_room() && exposure::flush(&self.parts.clock) != Settled::Measured {
+            // Nothing is done that could not go on record.
+            finish(vcpu, Status::NOT_READY);
+            return None;
+        }
         let parts = &mut self.parts;
         let g = vcpu.gprs();
         let [r8, r9, ..] = g.r8_to_15;
         let args = Args { rcx: g.rcx, rdx: g.rdx, r8, r9, rsp: g.rsp };
         let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
         let own = Own { log: parts.log, status: &parts.status, sandbox: &parts.state };
-        let pending = match parts.gate.begin(service, &args, &view, &own, parts.buffer) {
-            Begin::Done(status) => {
+        let begun = parts.gate.begin(service, &args, &view, &own, parts.buffer);
+        let variable = parts.buffer.variable(service).map(|(guid, name)| Variable {
+            guid: firmware::call::Guid::from_bytes(*guid),
+            name: Name::new(name),
+        });
+        let call = Call {
+            service,
+            owner: apic_id,
+            since_us: exposure::now_us(&parts.clock),
+            before: *parts.state.counters(),
+            variable,
+        };
+        let phase = match begun {
+            // The MLE's own answers are no exposure.
+            Begin::Done(Answer { status, decision: Decision::OWN }) => {
                 finish(vcpu, status);
-                return Err(Next::Resume);
+                return None;
             }
-            Begin::Reset(kind) => return Err(Next::Reset(kind)),
-            Begin::Run(pending) => pending,
+            Begin::Done(Answer { status, decision }) => {
+                exposure::record(&self.record_of(&call, decision, status.0 as u64));
+                Phase::Answered(status)
+            }
+            Begin::Unlock(services) => {
+                let text = Some(Text::new(services));
+                let record = Record::new(Kind::UNLOCKED, apic_id, call.since_us);
+                exposure::record(&Record { text, decision: Decision::PASSED, ..record });
+                Phase::Unlocking(services)
+            }
+            Begin::Reset(kind) => {
+                let text = Some(Text::new(format_args!("{kind:?}")));
+                exposure::record(&Record { text, ..Record::new(Kind::RESET, apic_id, call.since_us) });
+                Phase::Resetting(kind)
+            }
+            Begin::Run(pending) => match self.enter(&call, &pending) {
+                Ok(()) => Phase::Running(pending),
+                Err(_) => {
+                    let parts = &mut self.parts;
+                    let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+                    let status = parts.gate.end_without_firmware(pending, &view, parts.buffer).status;
+                    exposure::record(&self.record_of(&call, Decision::NONE, status.0 as u64));
+                    Phase::Answered(status)
+                }
+            },
         };
-        let Some(entry) = parts.entries.get(service.index()).copied().flatten() else {
+        Some((call, phase))
+    }
+
+    /// Prepares the sandbox for a call.
+    fn enter(&mut self, call: &Call, pending: &Pending) -> Result<(), NotReady> {
+        self.revive(call);
+        let parts = &mut self.parts;
+        let Some(entry) = parts.entries.get(call.service.index()).copied().flatten() else {
             parts.state.kill(Reason::NoEntry);
-            finish(vcpu, parts.gate.end_without_firmware(pending, &view, parts.buffer).status);
-            return Err(Next::Resume);
+            self.died(call, Reason::NoEntry);
+            return Err(NotReady::Dead(Reason::NoEntry));
         };
-        if parts.state.start(parts.clock.now_us()).is_err() {
-            finish(vcpu, parts.gate.end_without_firmware(pending, &view, parts.buffer).status);
-            return Err(Next::Resume);
-        }
-        copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::ToSandbox);
-        let call = pending.call(buffer_at(parts.area));
-        let frame = call.frame(parts.return_to);
+        parts.state.start(parts.clock.now_us())?;
+        copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::ToSandbox);
+        let registers = pending.call(buffer_at(parts.area));
+        let frame = registers.frame(parts.return_to);
         // Aligned so that RSP is 8 modulo 16 at the entry point.
         let rsp = buffer_at(parts.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
         for (at, word) in (rsp..).step_by(8).zip(frame) {
@@ -251,15 +482,33 @@ impl Services {
         }
         parts.vcpu.start_long_mode(entry, rsp, self.root, (0, 0));
         let g = parts.vcpu.gprs_mut();
-        (g.rcx, g.rdx) = (call.rcx, call.rdx);
-        g.set_by_encoding(8, call.r8);
-        g.set_by_encoding(9, call.r9);
+        (g.rcx, g.rdx) = (registers.rcx, registers.rdx);
+        g.set_by_encoding(8, registers.r8);
+        g.set_by_encoding(9, registers.r9);
         g.rsp = rsp;
-        Ok(pending)
+        Ok(())
+    }
+
+    /// Makes a dead sandbox anew from what it was at launch, if the configuration wants that.
+    fn revive(&mut self, call: &Call) {
+        let parts = &mut self.parts;
+        let State::Dead(reason) = parts.state.state() else { return };
+        if reason == Reason::NoEntry || !parts.state.revive() {
+            return;
+        }
+        let failed = parts.pristine.iter().find(|(range, from)| copy(&parts.mem, *from, range).is_err());
+        if let Some((range, _)) = failed {
+            warn!("firmware memory {range} cannot be restored");
+            parts.state.kill(reason);
+            return;
+        }
+        warn!("sandbox is made anew as it was at launch");
+        let record = Record::new(Kind::SANDBOX_RESTARTED, call.owner, exposure::now_us(&parts.clock));
+        exposure::record(&record);
     }
 
     /// Runs the sandbox until the call ends or has to wait.
-    fn run(&mut self, cpu: &mut Cpu, guest: &SvmVcpu<'_>, ports: Ports) -> End {
+    fn run(&mut self, call: &Call, cpu: &mut Cpu, guest: &SvmVcpu<'_>, ports: Ports) -> End {
         let parts = &mut self.parts;
         loop {
             let exit = cpu.run_interruptible(&mut parts.vcpu, guest.takes_interrupts());
@@ -290,9 +539,25 @@ impl Services {
                     }
                     v.advance(TWO_BYTES);
                 }
-                Verdict::RaiseSmi { .. } => {
-                    port_access(&mut parts.vcpu, exit, Some(ports));
-                    cpu.let_pending_in();
+                Verdict::RaiseSmi { command } => {
+                    let raise = || {
+                        ports.out8(SMI_COMMAND, command);
+                        cpu.let_pending_in();
+                    };
+                    let answer = parts.smi.of_sandbox(
+                        command,
+                        &parts.mem,
+                        call.service,
+                        call.owner,
+                        &parts.clock,
+                        raise,
+                    );
+                    if answer == smi::Answer::Refused {
+                        let reason = Reason::Smi { command };
+                        parts.state.kill(reason);
+                        return End::Dead(reason);
+                    }
+                    finish_port(&mut parts.vcpu, exit);
                 }
                 Verdict::Return => return End::Returned,
                 Verdict::Stop(reason) => return End::Dead(reason),

@@ -60,11 +60,11 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
             let granted = |status| status != CLOSED && status & GRANTED != 0;
             self.wait(Wait::Valid, limit, locality.page() | LOC_STS, granted)
         };
-        if ask(LOC_REQUEST, contention.wait_us.max(TIMEOUT_A)).is_ok() {
-            return Ok(());
-        }
         let state = self.crb(locality, LOC_STATE);
         let holder = (state & STATE_ASSIGNED != 0).then_some((state >> 2 & 7) as u8);
+        if ask(LOC_REQUEST, contention.limit(holder.is_some())).is_ok() {
+            return Ok(());
+        }
         let may_seize = contention.seize && holder.is_some_and(|holder| holder < locality as u8);
         if may_seize && ask(LOC_SEIZE, TIMEOUT_A).is_ok() {
             return Ok(());

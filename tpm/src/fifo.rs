@@ -64,10 +64,10 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
             self.mmio.write8(locality.page() | ACCESS, how);
             self.wait_access(locality, ACCESS_ACTIVE, limit)
         };
-        if ask(ACCESS_REQUEST, contention.wait_us.max(TIMEOUT_A)).is_ok() {
+        let holder = Locality::ALL.into_iter().find(|other| self.active(*other));
+        if ask(ACCESS_REQUEST, contention.limit(holder.is_some())).is_ok() {
             return Ok(());
         }
-        let holder = Locality::ALL.into_iter().find(|other| self.active(*other));
         // A seize by a lower locality would be ignored.
         let may_seize = contention.seize && holder.is_some_and(|holder| holder < locality);
         if may_seize && ask(ACCESS_SEIZE, TIMEOUT_A).is_ok() {

@@ -60,7 +60,7 @@ impl Locality {
 /// What to do while another locality has the TPM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contention {
-    /// How long to wait for its release, µs; timeout A (750 ms) at least.
+    /// How long to wait for its release, µs.
     pub wait_us: u64,
     /// Take the TPM from a lower locality afterwards. The command it may be running is lost.
     pub seize: bool,
@@ -69,8 +69,13 @@ pub struct Contention {
 impl Contention {
     /// At launch: whoever left a locality active runs no longer.
     pub const LAUNCH: Self = Self { wait_us: TIMEOUT_A, seize: true };
-    /// Beside a running guest, whose commands are never broken.
-    pub const SHARED: Self = Self { wait_us: 5_000_000, seize: false };
+    /// Beside a running guest, whose commands are never broken: the caller tries again while the guest runs on.
+    pub const SHARED: Self = Self { wait_us: 0, seize: false };
+
+    /// How long a request may take. A TPM that nobody has is granted within timeout A.
+    pub(crate) fn limit(self, is_held: bool) -> u64 {
+        if is_held { self.wait_us } else { TIMEOUT_A }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

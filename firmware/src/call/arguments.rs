@@ -5,9 +5,9 @@ use uefi_raw::Status;
 use zerocopy::IntoBytes;
 
 use super::buffer::{CallBuffer, DATA_MAX, NAME_MAX};
-use super::own::{OWN_ATTRIBUTES, OwnVariable, VENDOR};
+use super::own::{OWN_ATTRIBUTES, OwnVariable, VENDOR, is_unlock};
 use super::results::{give, give_own_name};
-use super::{Args, GuestMem, OwnVariables, Pending, ResetKind, Results};
+use super::{Args, GuestMem, OwnVariables, Pending, ResetKind, Results, Services};
 use crate::service::Service;
 
 /// A decoded call, before it has a service.
@@ -15,6 +15,7 @@ pub(super) enum Decoded {
     Done(Status),
     Run(Results),
     Reset(ResetKind),
+    Unlock(Services),
 }
 
 /// A pointer that the specification wants: NULL is EFI_INVALID_PARAMETER.
@@ -165,15 +166,19 @@ pub(super) fn set_variable(
 ) -> Result<Decoded, Status> {
     let (name, guid) = (pointer(args.rcx)?, pointer(args.rdx)?);
     let attributes = args.r8 as u32;
-    copy_name(mem, name, NAME_MAX, &mut buffer.name)?;
+    let used = copy_name(mem, name, NAME_MAX, &mut buffer.name)?;
     copy_in(mem, guid, &mut buffer.slots.guid)?;
-    if buffer.slots.guid == VENDOR.to_bytes() {
+    let own = buffer.slots.guid == VENDOR.to_bytes();
+    if own && !buffer.name.get(..used).is_some_and(is_unlock) {
         return Err(Status::WRITE_PROTECTED);
     }
     let size = usize::try_from(args.r9).ok().filter(|s| *s <= DATA_MAX).ok_or(Status::INVALID_PARAMETER)?;
+    let content = buffer.data.get_mut(..size).unwrap_or_default();
     if size != 0 {
-        let data = pointer(fifth_argument(args, mem)?)?;
-        copy_in(mem, data, buffer.data.get_mut(..size).unwrap_or_default())?;
+        copy_in(mem, pointer(fifth_argument(args, mem)?)?, content)?;
+    }
+    if own {
+        return Services::named(content).map(Decoded::Unlock).ok_or(Status::INVALID_PARAMETER);
     }
     Ok(Decoded::Run(Results::SetVariable { attributes, size }))
 }

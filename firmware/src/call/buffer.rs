@@ -3,6 +3,8 @@
 use uefi_raw::time::{Daylight, Time};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::service::Service;
+
 /// Longest variable name, in bytes, its terminating zero character included. Linux's own limit is 1024.
 pub const NAME_MAX: usize = 2048;
 /// Largest variable content in bytes.
@@ -76,6 +78,12 @@ pub struct CallBuffer {
 
 impl CallBuffer {
     const REST: usize = 4096_usize.saturating_sub(NAME_MAX).saturating_sub(size_of::<Slots>());
+
+    /// Vendor and terminated name of the variable that a call of `service` is about, if it is about one.
+    pub fn variable(&self, service: Service) -> Option<(&[u8; 16], &[u8])> {
+        let about = matches!(service, Service::GetVariable | Service::SetVariable);
+        about.then_some((&self.slots.guid, self.name.as_slice()))
+    }
 }
 
 /// Bytes of the call buffer, whole pages.

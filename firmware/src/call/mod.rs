@@ -25,9 +25,10 @@ pub use uefi_raw::{Guid, Status, guid};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::config::Config;
+use crate::exposure::Decision;
 use crate::memmap::{DESCRIPTOR_VERSION, Descriptor, MAX_DESCRIPTOR_SIZE, MAX_GUEST_DESCRIPTORS};
-use crate::policy::Policy;
-use crate::service::{COUNT, Service};
+use crate::policy::{Policies, Policy};
+use crate::service::Service;
 
 /// A guest's memory by virtual address, translated by the page tables in force when it called.
 pub trait GuestMem {
@@ -80,12 +81,64 @@ impl FirmwareCall {
 /// What becomes of a guest's call.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Begin {
-    /// It is answered: the status goes into the guest's RAX.
-    Done(Status),
+    /// It is answered.
+    Done(Answer),
     /// The firmware is to run; then [`Gate::end`] or [`Gate::end_without_firmware`].
     Run(Pending),
     /// The guest wants the machine reset; the MLE does that.
     Reset(ResetKind),
+    /// The guest wants services unlocked: once a PCR shows that, [`Gate::unlock`].
+    Unlock(Services),
+}
+
+/// A call that needs no firmware.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// For the guest's RAX.
+    pub status: Status,
+    /// Why firmware has nothing to do with it.
+    pub decision: Decision,
+}
+
+impl Answer {
+    /// What policy refuses. The specification has no status for it; Linux makes this one "permission denied".
+    fn refused(decision: Decision) -> Self {
+        Self { status: Status::SECURITY_VIOLATION, decision }
+    }
+}
+
+/// A set of services.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Services(u16);
+
+impl Services {
+    /// The service that `name` names, or with `all` each of them; `None` for other names.
+    fn named(name: &[u8]) -> Option<Self> {
+        let name = name.trim_ascii();
+        let one = |service: &Service| service.name().as_bytes() == name || name == b"all";
+        let set = Service::ALL.iter().filter(|s| one(s)).fold(0, |set, s| set | Self::bit(*s));
+        (set != 0).then_some(Self(set))
+    }
+
+    fn bit(service: Service) -> u16 {
+        1u16.checked_shl(service as u32).unwrap_or(0)
+    }
+
+    /// Whether `service` is in the set.
+    pub fn contains(self, service: Service) -> bool {
+        self.0 & Self::bit(service) != 0
+    }
+}
+
+impl fmt::Display for Services {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for service in Service::ALL.into_iter().filter(|s| self.contains(*s)) {
+            write!(f, "{separator}{}", service.name())?;
+            separator = " ";
+        }
+        Ok(())
+    }
 }
 
 /// EFI_RESET_TYPE.
@@ -182,7 +235,8 @@ enum Fault {
 /// The way of all calls of runtime services.
 #[derive(Debug)]
 pub struct Gate {
-    allowed: [bool; COUNT],
+    policies: Policies,
+    unlocked: Services,
     ours: [PhysRange; 2],
     virtual_mode: bool,
 }
@@ -190,8 +244,25 @@ pub struct Gate {
 impl Gate {
     /// `thunks` and `tables` are our runtime regions in the guest's memory map.
     pub fn new(config: &Config, thunks: PhysRange, tables: PhysRange) -> Self {
-        let allowed = Service::ALL.map(|s| s.supported() && config.policies.service(s) == Policy::Sandbox);
-        Self { allowed, ours: [thunks, tables], virtual_mode: false }
+        let (policies, unlocked) = (config.policies.clone(), Services::default());
+        Self { policies, unlocked, ours: [thunks, tables], virtual_mode: false }
+    }
+
+    /// What becomes of a call. `variable` is its vendor and name, if it is about one.
+    fn policy(&self, service: Service, variable: Option<(&[u8; 16], &[u8])>) -> Policy {
+        let policy = match variable {
+            Some((guid, name)) => self.policies.variable(service, guid, name),
+            None => self.policies.service(service),
+        };
+        match policy {
+            Policy::Locked if self.unlocked.contains(service) => Policy::Sandbox,
+            policy => policy,
+        }
+    }
+
+    /// Opens services that are locked. A PCR shows it already.
+    pub fn unlock(&mut self, services: Services) {
+        self.unlocked.0 |= services.0;
     }
 
     /// Decodes a call: answers it, or copies its arguments into `buffer` for the firmware.
@@ -203,8 +274,9 @@ impl Gate {
         own: &impl OwnVariables,
         buffer: &mut CallBuffer,
     ) -> Begin {
-        if !self.allowed.get(service.index()).copied().unwrap_or(false) {
-            return Begin::Done(Status::UNSUPPORTED);
+        let whole = self.policies.service(service);
+        if whole == Policy::Deny {
+            return Begin::Done(Answer { status: Status::UNSUPPORTED, decision: Decision::DENIED });
         }
         buffer.slots = Slots::new_zeroed();
         buffer.name = [0; NAME_MAX];
@@ -226,10 +298,19 @@ impl Gate {
                 Err(Status::UNSUPPORTED)
             }
         };
+        let own = |status| Begin::Done(Answer { status, decision: Decision::OWN });
         match decoded {
-            Ok(Decoded::Run(results)) => Begin::Run(Pending { service, results }),
+            Ok(Decoded::Run(results)) => match self.policy(service, buffer.variable(service)) {
+                Policy::Sandbox => Begin::Run(Pending { service, results }),
+                Policy::Locked => Begin::Done(Answer::refused(Decision::LOCKED)),
+                Policy::Deny => Begin::Done(Answer::refused(Decision::DENIED)),
+            },
+            Ok(Decoded::Reset(_)) if self.policy(service, None) == Policy::Locked => {
+                Begin::Done(Answer::refused(Decision::LOCKED))
+            }
             Ok(Decoded::Reset(kind)) => Begin::Reset(kind),
-            Ok(Decoded::Done(status)) | Err(status) => Begin::Done(status),
+            Ok(Decoded::Unlock(services)) => Begin::Unlock(services),
+            Ok(Decoded::Done(status)) | Err(status) => own(status),
         }
     }
 

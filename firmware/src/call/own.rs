@@ -16,11 +16,13 @@ pub enum OwnVariable {
     Status,
     /// Exit counters, as text.
     Exits,
+    /// The exposure log.
+    Exposure,
 }
 
 impl OwnVariable {
     /// All, in the order in which they are listed.
-    pub const ALL: [Self; 3] = [Self::DrtmLog, Self::Status, Self::Exits];
+    pub const ALL: [Self; 4] = [Self::DrtmLog, Self::Status, Self::Exits, Self::Exposure];
 
     /// The variable's name.
     pub const fn name(self) -> &'static str {
@@ -28,6 +30,7 @@ impl OwnVariable {
             Self::DrtmLog => "DrtmLog",
             Self::Status => "Status",
             Self::Exits => "Exits",
+            Self::Exposure => "Exposure",
         }
     }
 
@@ -41,8 +44,21 @@ impl OwnVariable {
 
     /// The name as UTF-16 bytes, terminated.
     pub(super) fn wide_name(self) -> impl Iterator<Item = u8> {
-        self.name().bytes().chain([0]).flat_map(|c| [c, 0])
+        wide(self.name())
     }
+}
+
+/// Writing this variable asks for services to be unlocked. It cannot be read, and is not listed.
+const UNLOCK: &str = "Unlock";
+
+/// Whether a terminated UTF-16 name is that of [`UNLOCK`].
+pub(super) fn is_unlock(name: &[u8]) -> bool {
+    wide(UNLOCK).eq(name.iter().copied())
+}
+
+/// An ASCII name as UTF-16 bytes, terminated.
+fn wide(name: &str) -> impl Iterator<Item = u8> {
+    name.bytes().chain([0]).flat_map(|c| [c, 0])
 }
 
 /// Where the contents of Cordon's own variables come from.

@@ -185,14 +185,14 @@ impl Bench {
     /// A call with well-behaved firmware.
     fn call(&mut self, service: Service, a: [u64; 5]) -> Status {
         match self.begin(service, a) {
-            Begin::Done(status) => status,
+            Begin::Done(answer) => answer.status,
             Begin::Run(pending) => {
                 let rax = self.model.run(&pending.call(SEEN_AT), &mut self.buffer);
                 let outcome = self.gate.end(pending, rax, &self.guest, &mut self.buffer);
                 assert_eq!(outcome.anomaly, None);
                 outcome.status
             }
-            Begin::Reset(kind) => panic!("{kind:?}"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -361,7 +361,7 @@ fn names_are_listed_firmwares_first_then_cordons() {
             }
         }
     }
-    assert_eq!(seen, ["a", "b", "c", "DrtmLog", "Status", "Exits"]);
+    assert_eq!(seen, ["a", "b", "c", "DrtmLog", "Status", "Exits", "Exposure"]);
 }
 
 #[test]
@@ -418,6 +418,56 @@ fn denied_and_missing_services_are_unsupported() {
     for s in [Service::ConvertPointer, Service::UpdateCapsule, Service::QueryCapsuleCapabilities] {
         assert_eq!(b.call(s, [NAME, 1, DATA, DATA, 0]), Status::UNSUPPORTED);
     }
+}
+
+#[test]
+fn a_locked_service_opens_only_after_an_unlock() {
+    let config = Config::parse(b"service.SetTime = locked\nservice.SetVariable = locked").unwrap();
+    let mut b = Bench::with(&config);
+    b.put(TIME, &NOON);
+    let refused = Begin::Done(Answer { status: Status::SECURITY_VIOLATION, decision: Decision::LOCKED });
+    assert_eq!(b.begin(Service::SetTime, [TIME, 0, 0, 0, 0]), refused);
+    let unlock = |b: &mut Bench, text: &[u8]| {
+        b.put_name(NAME, "Unlock");
+        b.put(VENDOR_AT, &VENDOR.to_bytes());
+        b.put(DATA, text);
+        b.begin(Service::SetVariable, [NAME, VENDOR_AT, 6, text.len() as u64, DATA])
+    };
+    let answer = Begin::Done(Answer { status: Status::INVALID_PARAMETER, decision: Decision::OWN });
+    assert_eq!(unlock(&mut b, b"Everything"), answer);
+    assert_eq!(unlock(&mut b, b""), answer);
+    let Begin::Unlock(services) = unlock(&mut b, b"SetTime\n") else { panic!("not unlocked") };
+    assert_eq!(services.to_string(), "SetTime");
+    // It is the caller that opens it, once a PCR shows it.
+    assert_eq!(b.begin(Service::SetTime, [TIME, 0, 0, 0, 0]), refused);
+    b.gate.unlock(services);
+    assert_eq!(b.call(Service::SetTime, [TIME, 0, 0, 0, 0]), Status::SUCCESS);
+    ready(&b, "A", 0);
+    assert_eq!(b.begin(Service::SetVariable, [NAME, VENDOR_AT, 7, 5, DATA]), refused);
+    let Begin::Unlock(all) = unlock(&mut b, b"all") else { panic!("not unlocked") };
+    assert!(Service::ALL.into_iter().all(|s| all.contains(s)));
+    b.gate.unlock(all);
+    ready(&b, "A", 0);
+    assert_eq!(b.call(Service::SetVariable, [NAME, VENDOR_AT, 7, 5, DATA]), Status::SUCCESS);
+}
+
+#[test]
+fn single_variables_have_policies_of_their_own() {
+    let text = b"service.SetVariable.*:Boot* = deny\nservice.GetVariable.*:Boot0002 = locked";
+    let mut b = Bench::with(&Config::parse(text).unwrap());
+    ready(&b, "Boot0001", 64);
+    let denied = Begin::Done(Answer { status: Status::SECURITY_VIOLATION, decision: Decision::DENIED });
+    assert_eq!(b.begin(Service::SetVariable, [NAME, VENDOR_AT, 7, 5, DATA]), denied);
+    assert_eq!(b.call(Service::GetVariable, variable_args()), Status::NOT_FOUND);
+    ready(&b, "Boot0002", 64);
+    let locked = Begin::Done(Answer { status: Status::SECURITY_VIOLATION, decision: Decision::LOCKED });
+    assert_eq!(b.begin(Service::GetVariable, variable_args()), locked);
+    ready(&b, "Other", 64);
+    assert_eq!(b.call(Service::SetVariable, [NAME, VENDOR_AT, 7, 5, DATA]), Status::SUCCESS);
+    // No service of Cordon's own variables depends on a rule.
+    b.put_name(NAME, "Status");
+    b.put(VENDOR_AT, &VENDOR.to_bytes());
+    assert_eq!(b.call(Service::GetVariable, variable_args()), Status::SUCCESS);
 }
 
 #[test]
@@ -515,7 +565,7 @@ fn resets_are_decoded() {
         assert_eq!(b.begin(Service::ResetSystem, [raw, 0, 0, 0, 0]), Begin::Reset(kind));
     }
     assert_eq!(b.begin(Service::ResetSystem, [3, 0, 4, DATA, 0]), Begin::Reset(ResetKind::Platform));
-    let done = Begin::Done(Status::INVALID_PARAMETER);
+    let done = Begin::Done(Answer { status: Status::INVALID_PARAMETER, decision: Decision::OWN });
     assert_eq!(b.begin(Service::ResetSystem, [4, 0, 0, 0, 0]), done);
 }
 
@@ -595,8 +645,8 @@ proptest! {
                 }
                 prop_assert!(outcome.status.is_success() || outcome.status.is_error());
             }
-            Begin::Done(status) => prop_assert!(!status.is_warning()),
-            Begin::Reset(_) => {}
+            Begin::Done(answer) => prop_assert!(!answer.status.is_warning()),
+            Begin::Reset(_) | Begin::Unlock(_) => {}
         }
     }
 

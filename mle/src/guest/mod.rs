@@ -1,8 +1,8 @@
 //! What the guest may do: the answers to its exits. No hardware is touched here; the run loop does that.
 
-pub mod a20;
 pub mod apic_window;
 pub mod cpuid;
 pub mod exits;
 pub mod msr;
+pub mod ports;
 pub mod walk;

@@ -1,0 +1,107 @@
+//! The ports that the MLE guards.
+//!
+//! Two devices can mask address line 20: addresses of odd MiB then lead one MiB lower, behind the nested tables. SKINIT
+//! makes the CPU ignore the mask (VM_CR.DIS_A20M). Where a CPU has no such bit, the ports that raise the mask are the MLE's:
+//! the rest of what they do goes through.
+//!
+//! A write of the SMI command port starts firmware in SMM: policy decides.
+
+use firmware::sandbox::SMI_COMMAND;
+use hv::io::PortIo;
+use svm::maps::Iopm;
+
+/// System control port A: bit 1 is A20.
+const CONTROL_A: u16 = 0x92;
+const A20: u8 = 1 << 1;
+/// Keyboard controller, command.
+const KEYBOARD: u16 = 0x64;
+/// Commands: write the output port, whose bit 1 is A20; clear A20.
+const MASKING: [u8; 2] = [0xd1, 0xdd];
+
+/// Makes the guest's accesses to the SMI command port exit.
+pub fn guard_smi(map: &mut Iopm) {
+    map.intercept(SMI_COMMAND);
+}
+
+/// Makes the guest's accesses to the ports of address line 20 exit, and unmasks the line.
+pub fn guard_a20(map: &mut Iopm, ports: &impl PortIo) {
+    map.intercept(CONTROL_A);
+    map.intercept(KEYBOARD);
+    ports.out8(CONTROL_A, (ports.in8(CONTROL_A) | A20) & !1); // bit 0 resets
+}
+
+/// Does an OUT of the low `size` bytes of `value` for the guest, without what would mask the line. A byte for the SMI
+/// command port goes to `smi` alone.
+pub fn write(ports: &impl PortIo, port: u16, size: u8, value: u32, mut smi: impl FnMut(u8)) {
+    for (offset, byte) in (0..u16::from(size)).zip(value.to_le_bytes()) {
+        match port.wrapping_add(offset) {
+            CONTROL_A => ports.out8(CONTROL_A, byte | A20),
+            SMI_COMMAND => smi(byte),
+            KEYBOARD if MASKING.contains(&byte) => {}
+            other => ports.out8(other, byte),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::cell::RefCell;
+
+    #[derive(Default)]
+    struct Ports(RefCell<Vec<(u16, u8)>>);
+    impl PortIo for Ports {
+        fn in8(&self, _: u16) -> u8 {
+            1
+        }
+        fn in16(&self, _: u16) -> u16 {
+            0
+        }
+        fn in32(&self, _: u16) -> u32 {
+            0
+        }
+        fn out8(&self, port: u16, value: u8) {
+            self.0.borrow_mut().push((port, value));
+        }
+        fn out16(&self, _: u16, _: u16) {
+            panic!("by bytes");
+        }
+        fn out32(&self, _: u16, _: u32) {
+            panic!("by bytes");
+        }
+    }
+
+    #[test]
+    fn no_write_masks_the_line_and_others_go_through() {
+        let ports = Ports::default();
+        let write = |port, size, value| write(&ports, port, size, value, |_| panic!("no SMI"));
+        write(0x92, 1, 0);
+        write(0x64, 1, 0xd1);
+        write(0x64, 1, 0xdd);
+        write(0x64, 1, 0xfe);
+        write(0x91, 2, 0x0000);
+        write(0x63, 2, 0xd100);
+        assert_eq!(*ports.0.borrow(), [(0x92, 2), (0x64, 0xfe), (0x91, 0), (0x92, 2), (0x63, 0)]);
+    }
+
+    #[test]
+    fn a_command_for_smm_is_found_in_any_access() {
+        let (ports, mut map) = (Ports::default(), Iopm::open());
+        guard_smi(&mut map);
+        let mut commands = Vec::new();
+        for (port, size, value) in [(0xb2, 1, 0x17), (0xb0, 4, 0x0023_0000), (0xb1, 2, 0x4200)] {
+            assert!(map.intercepts(port, size));
+            write(&ports, port, size, value, |command| commands.push(command));
+        }
+        assert_eq!(commands, [0x17, 0x23, 0x42]);
+        assert!(ports.0.borrow().iter().all(|(port, _)| *port != 0xb2));
+    }
+
+    #[test]
+    fn guarding_unmasks_and_does_not_reset() {
+        let (ports, mut map) = (Ports::default(), Iopm::open());
+        guard_a20(&mut map, &ports);
+        assert_eq!(*ports.0.borrow(), [(0x92, 2)]);
+        assert!(map.intercepts(0x90, 4) && map.intercepts(0x64, 1) && !map.intercepts(0x60, 4));
+    }
+}

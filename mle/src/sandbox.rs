@@ -1,0 +1,179 @@
+//! The firmware's sandbox, put together.
+//!
+//! UNSAFETY: memory that the launch set aside for the sandbox becomes its page tables.
+#![expect(unsafe_code, reason = "the hardware edge")]
+
+use core::fmt;
+
+use firmware::call::Gate;
+use firmware::config::{Config, OnDeath};
+use firmware::memmap::{MemoryMap, MemoryType, Region};
+use firmware::sandbox::Sandbox;
+use firmware::service::Service;
+use firmware::smm::communicate::find_core_private;
+use firmware::tables::FirmwareTables;
+use heapless::{String, Vec};
+use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::radix::{self, NPT, PageSize, Tables};
+use hv::space::{AddressSpace, View};
+use log::{info, warn};
+use svm::maps::{Iopm, Msrpm};
+use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
+
+use crate::boot::Layout;
+use crate::cpu::FpuArea;
+use crate::memory::copy;
+use crate::metal::{Identity, TscClock};
+use crate::pool::PagePool;
+use crate::services::{self, PRISTINE_MAX, Parts, STATUS_MAX};
+use crate::smi::SmiGate;
+
+/// Why there is no sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SandboxError {
+    /// Its page tables.
+    Tables(radix::Error),
+    /// The MLE region has no room for it.
+    OutOfMemory {
+        /// Bytes wanted.
+        bytes: u64,
+        /// What for.
+        what: &'static str,
+    },
+    /// More runtime regions than Cordon keeps copies of.
+    Regions {
+        /// The limit.
+        limit: usize,
+    },
+    /// Runtime memory that cannot be read.
+    Unreadable(PhysRange),
+}
+
+impl fmt::Display for SandboxError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tables(e) => write!(f, "sandbox: {e}"),
+            Self::OutOfMemory { bytes, what } => {
+                write!(f, "sandbox: the MLE region has no {bytes} bytes left for {what}")
+            }
+            Self::Regions { limit } => {
+                write!(f, "sandbox: more than {limit} runtime regions to keep copies of")
+            }
+            Self::Unreadable(range) => write!(f, "sandbox: cannot read runtime memory {range}"),
+        }
+    }
+}
+
+impl From<radix::Error> for SandboxError {
+    fn from(e: radix::Error) -> Self {
+        Self::Tables(e)
+    }
+}
+
+/// What a sandbox is made from.
+pub struct Input<'a> {
+    /// The configuration in force.
+    pub config: &'a Config,
+    /// Where things of the guest and the sandbox lie.
+    pub layout: &'a Layout,
+    /// The firmware's memory map.
+    pub map: &'a MemoryMap,
+    /// The firmware's EFI tables.
+    pub tables: &'a FirmwareTables,
+    /// Port of the ACPI timer.
+    pub pm_timer: Option<u16>,
+    /// Largest page of nested tables.
+    pub largest: PageSize,
+    /// An address of the MLE's: firmware returns to it.
+    pub return_to: u64,
+    /// Who may reach what.
+    pub space: AddressSpace,
+    /// Physical memory.
+    pub mem: Identity,
+    /// Time.
+    pub clock: TscClock,
+    /// The DRTM event log.
+    pub log: &'static [u8],
+    /// What is in force, for the guest to read.
+    pub status: String<STATUS_MAX>,
+}
+
+/// Puts the sandbox together and opens the services.
+pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError> {
+    let Input { config, layout, map, tables, mem, .. } = input;
+    let none = |what, bytes| SandboxError::OutOfMemory { what, bytes };
+    let nested = Tables::new(&NPT, 4, input.largest, pool)?;
+    input.space.map_view(View::Sandbox, &nested, pool)?;
+    let msrs: &mut Msrpm = pool.object().ok_or(none("the MSR map", size_of::<Msrpm>() as u64))?;
+    msrs.close();
+    config.sandbox.msrs.iter().for_each(|&index| msrs.allow_read(index));
+    let ports: &mut Iopm = pool.object().ok_or(none("the port map", size_of::<Iopm>() as u64))?;
+    ports.close();
+    let vm = VmTables {
+        msrpm: &raw const *msrs as u64,
+        iopm: &raw const *ports as u64,
+        nested_root: nested.root(),
+        asid: 2,
+    };
+    let (core, runtime) = communication(map, &mem);
+    let mut parts = Parts {
+        gate: Gate::new(config, layout.thunks, layout.tables),
+        state: Sandbox::new(config, input.pm_timer),
+        vcpu: SvmVcpu::new(pool.object().ok_or(none("the VMCB", PAGE_SIZE))?, Role::Sandbox, &vm),
+        entries: Service::ALL.map(|s| tables.entry(s, map)),
+        area: layout.sandbox,
+        buffer: pool.object().ok_or(none("the call buffer", services::SANDBOX_SIZE))?,
+        fpu: FpuArea::new(pool).ok_or(none("FPU registers", PAGE_SIZE))?,
+        return_to: input.return_to,
+        space: input.space,
+        smi: SmiGate { core, runtime, policy: config.smm.clone() },
+        pristine: Vec::new(),
+        unlock_pcr: config.unlock_pcr,
+        mem,
+        clock: input.clock,
+        log: input.log,
+        status: input.status,
+    };
+    // SAFETY: the area was chosen for the sandbox and is nobody else's; its first pages are for these tables.
+    let (root, own_tables) = services::own_tables(&layout.sandbox, |area| unsafe { PagePool::new(area) })?;
+    if config.sandbox.on_death == OnDeath::Restart {
+        let firmware = map.runtime().filter(|r| is_ram(r)).map(|r| r.range);
+        for range in firmware.chain([own_tables]) {
+            let at =
+                pool.pages(range.len() / PAGE_SIZE).ok_or(none("a copy of firmware memory", range.len()))?;
+            let to = PhysRange::new(at, range.len()).ok_or(SandboxError::Unreadable(range))?;
+            copy(&mem, range.start(), &to).map_err(SandboxError::Unreadable)?;
+            let room = parts.pristine.push((range, at));
+            room.map_err(|_| SandboxError::Regions { limit: PRISTINE_MAX })?;
+        }
+    }
+    services::open(parts, root);
+    Ok(())
+}
+
+/// Runtime memory, not a window of a device.
+fn is_ram(region: &Region) -> bool {
+    !matches!(region.ty, MemoryType::MMIO | MemoryType::MMIO_PORT_SPACE)
+}
+
+/// Where firmware keeps its requests of SMM, and where they may lie.
+fn communication(
+    map: &MemoryMap,
+    mem: &Identity,
+) -> (Option<firmware::smm::communicate::CorePrivate>, Vec<PhysRange, PRISTINE_MAX>) {
+    let ram = || map.runtime().filter(|r| is_ram(r));
+    // Regions that find no room hold no request: they are refused. The structure is static data of an image, which the
+    // memory map calls code.
+    let all: Vec<_, PRISTINE_MAX> = ram().map(|r| r.range).take(PRISTINE_MAX).collect();
+    let data = ram().filter(|r| r.ty == MemoryType::RUNTIME_SERVICES_DATA);
+    let runtime = data.map(|r| r.range).take(PRISTINE_MAX).collect();
+    let core = find_core_private(mem, &all).unwrap_or_else(|error| {
+        warn!("requests of firmware to SMM cannot be told apart: {error}");
+        None
+    });
+    info!(
+        "requests of firmware to SMM: {}",
+        if core.is_some() { "found by their structure" } else { "none known" }
+    );
+    (core, runtime)
+}

@@ -1,0 +1,150 @@
+//! SMIs: those that firmware in the sandbox asks for, those that the guest asks for, and those that come by themselves.
+
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use firmware::exposure::{Decision, Kind, Record, Text};
+use firmware::sandbox::SMI_COMMAND;
+use firmware::service::Service;
+use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
+use firmware::smm::facts::{self, Facts};
+use heapless::Vec;
+use hv::addr::PhysRange;
+use hv::io::PortIo;
+use iommu::pci::Function;
+use log::warn;
+
+use crate::cpu::{Cpu, native_cpuid};
+use crate::exposure;
+use crate::metal::{Identity, Msrs, Ports, TscClock};
+use crate::services::PRISTINE_MAX;
+use crate::smp::MAX_CPUS;
+
+/// Room for the WSMT: 40 bytes, and what a later version may add.
+const WSMT_MAX: usize = 256;
+/// How long after an SMI of ours the other CPUs may take theirs: the chipset sends it to all, microseconds.
+const ECHO_US: u64 = 1_000_000;
+
+/// For each CPU until when one SMI is the echo of one that is on record.
+static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
+
+/// Whether the guest may raise software SMIs.
+static GUEST_MAY: AtomicBool = AtomicBool::new(false);
+
+/// How far SMM is locked down, as this CPU and the chipset tell.
+pub fn facts(msrs: &Msrs, ports: &Ports, mem: &Identity, rsdp: u64) -> Facts {
+    let mut wsmt = [0; WSMT_MAX];
+    let wsmt = iommu::acpi::copy_table(mem, rsdp, *b"WSMT", &mut wsmt).ok().and_then(|len| wsmt.get(..len));
+    Facts::read(
+        &facts::Cpu::identify(native_cpuid),
+        msrs,
+        ports,
+        |id, offset| Function::new(ports, id).read(offset),
+        wsmt,
+    )
+}
+
+/// Decides about the sandbox's software SMIs.
+pub struct SmiGate {
+    /// Where the firmware keeps what it asks of SMM; none in firmware that asks nothing, or in another way.
+    pub core: Option<CorePrivate>,
+    /// Runtime data regions: a request lies in one of them.
+    pub runtime: Vec<PhysRange, PRISTINE_MAX>,
+    /// Which requests may be made.
+    pub policy: SmmPolicy,
+}
+
+/// What became of an SMI that firmware asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It was raised.
+    Raised,
+    /// It was not, and firmware will find that its request was denied.
+    Withdrawn,
+    /// It was not, and there is no way to tell firmware: it must not run on as if SMM had done something.
+    Refused,
+}
+
+impl SmiGate {
+    /// Judges an SMI that firmware asks for in a call of `service` on `cpu`, raises it with `raise` if it may be, and puts
+    /// it on record.
+    pub fn of_sandbox(
+        &self,
+        command: u8,
+        mem: &Identity,
+        service: Service,
+        cpu: u32,
+        clock: &TscClock,
+        raise: impl FnOnce(),
+    ) -> Answer {
+        let pending = self.core.as_ref().map_or(Ok(None), |core| core.pending(mem, &self.runtime));
+        let since = exposure::now_us(clock);
+        let mut record =
+            Record { service: service as u8, smi_command: command, ..Record::new(Kind::SMI, cpu, since) };
+        record.text = match &pending {
+            Ok(Some(request)) => Some(Text::new(request)),
+            Ok(None) => None,
+            Err(error) => Some(Text::new(error)),
+        };
+        let answer = match judge(&self.policy, command, &pending) {
+            communicate::Decision::Allow => {
+                expect_echoes(since);
+                raise();
+                record.decision = Decision::PASSED;
+                let took = exposure::now_us(clock).saturating_sub(since);
+                record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
+                Answer::Raised
+            }
+            communicate::Decision::Refuse(refusal) => {
+                warn!("SMI {command:#x} of {service:?} is refused: {refusal}");
+                record.decision = Decision::DENIED;
+                // What is left pending would be served with the next SMI, whoever raises it.
+                match &self.core {
+                    Some(core) if core.withdraw(mem) => Answer::Withdrawn,
+                    _ => Answer::Refused,
+                }
+            }
+        };
+        exposure::record(&record);
+        answer
+    }
+}
+
+/// Lets the guest raise SMIs itself, or not.
+pub fn set_guest_policy(allowed: bool) {
+    GUEST_MAY.store(allowed, Ordering::Relaxed);
+}
+
+/// A write of the guest to the SMI command port, which policy lets through or not.
+pub fn of_guest(command: u8, id: u32, cpu: &mut Cpu, ports: &Ports, clock: &TscClock) {
+    let since = exposure::now_us(clock);
+    let mut record = Record {
+        smi_command: command,
+        decision: Decision::DENIED,
+        ..Record::new(Kind::GUEST_SMI, id, since)
+    };
+    if GUEST_MAY.load(Ordering::Relaxed) {
+        expect_echoes(since);
+        ports.out8(SMI_COMMAND, command);
+        cpu.let_pending_in();
+        record.decision = Decision::PASSED;
+        let took = exposure::now_us(clock).saturating_sub(since);
+        record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
+    }
+    exposure::record(&record);
+}
+
+/// An SMI that a CPU took while the guest ran: of those that nobody is known to have asked for there is a record.
+pub fn arrived(index: usize, id: u32, took_us: u64, clock: &TscClock) {
+    let now = exposure::now_us(clock);
+    let echo = ECHO_UNTIL.get(index).is_some_and(|until| until.swap(0, Ordering::Relaxed) > now);
+    if !echo {
+        let duration_us = u32::try_from(took_us).unwrap_or(u32::MAX);
+        exposure::record(&Record { duration_us, ..Record::new(Kind::SMI, id, now.saturating_sub(took_us)) });
+    }
+}
+
+fn expect_echoes(now_us: u64) {
+    for until in &ECHO_UNTIL {
+        until.store(now_us.saturating_add(ECHO_US), Ordering::Relaxed);
+    }
+}
