@@ -22,7 +22,7 @@ use hv::space::{self, View};
 use hv::vcpu::Vcpu;
 use iommu::amd_vi::{AmdVi, DmaArea, Interrupts, Root};
 use iommu::ivrs::Ivrs;
-use log::info;
+use log::{info, warn};
 use svm::maps::{Iopm, Msrpm};
 use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 use zerocopy::{FromZeros, IntoBytes};
@@ -261,10 +261,12 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let ecam = crate::acpi::ecam(&mem, &acpi);
     map.check_runtime(&FIXED_DEVICES)?;
     let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
+    let tables_from = pool.mark();
     let nested = Tables::new(&NPT, 4, features.largest, &mut pool)?;
     space.map_view(View::Guest, &nested, &mut pool)?;
     let dma = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
     space.map_view(View::Device, &dma, &mut pool)?;
+    let tables_to = pool.mark();
     let tables = FirmwareTables::read(&mem, inputs.efi_system_table)?;
     let scratch = usize::try_from(boot::SMBIOS_AREA).unwrap_or(0);
     let scratch_at = pool.pages(boot::SMBIOS_AREA / PAGE_SIZE).ok_or(LaunchError::OutOfMemory("SMBIOS"))?;
@@ -292,6 +294,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     }
 
     cpu.enable_svm();
+    let maps_from = pool.mark();
     let msrpm: &mut Msrpm = pool.object().ok_or(LaunchError::OutOfMemory("the MSR map"))?;
     guest::msr::intercept_guarded(msrpm);
     let iopm: &mut Iopm = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
@@ -299,6 +302,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     if !cpu.ignores_a20_mask() {
         guest::ports::guard_a20(iopm, &ports);
     }
+    let maps_to = pool.mark();
     smi::set_guest_policy(config.guest_smi);
     let vm = VmTables {
         msrpm: &raw const *msrpm as u64,
@@ -343,6 +347,12 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
             status: status(&inputs, &cpu, cpus, &smm),
         },
     )?;
+    let fixed = [(image.start, image.data), (tables_from, tables_to), (maps_from, maps_to)]
+        .map(|(from, to)| PhysRange::from_last(from, to.saturating_sub(1)));
+    let fixed: heapless::Vec<_, 3> = fixed.into_iter().flatten().collect();
+    if let Err(error) = smi::guard(&fixed, mem) {
+        warn!("the MLE is not looked at after an SMI: {error}");
+    }
     let record = Record::new(Kind::LAUNCH, local.id(), exposure::now_us(&clock));
     exposure::record(&Record { text: Some(Text::new(env!("CARGO_PKG_VERSION"))), ..record });
     exposure::flush(&clock);

@@ -47,6 +47,11 @@ impl PagePool {
         Some(unsafe { &mut *(start as *mut T) })
     }
 
+    /// Where the next page will be: two of these are the bounds of what was handed out between.
+    pub fn mark(&self) -> u64 {
+        self.next
+    }
+
     /// Bytes left.
     pub fn left(&self) -> u64 {
         self.end.saturating_sub(self.next)

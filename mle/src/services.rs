@@ -286,6 +286,10 @@ impl Services {
         cpu.swap_fpu(&mut self.parts.fpu);
         let end = self.run(call, cpu, vcpu, ports);
         cpu.swap_fpu(&mut self.parts.fpu);
+        if end != End::Preempted {
+            let parts = &self.parts;
+            parts.smi.withdraw_unasked(&parts.mem, call.service, call.owner, &parts.clock);
+        }
         match end {
             End::Preempted => Err(Phase::Running(pending)),
             End::Returned => {
@@ -519,7 +523,10 @@ impl Services {
             match parts.state.exit(&judged, at_return, al, parts.clock.now_us()) {
                 Verdict::Resume => match exit {
                     Exit::Interrupt => return End::Preempted,
-                    _ => cpu.let_pending_in(),
+                    _ => {
+                        parts.smi.withdraw_unasked(&parts.mem, call.service, call.owner, &parts.clock);
+                        cpu.let_pending_in();
+                    }
                 },
                 Verdict::Cpuid => {
                     let v = &mut parts.vcpu;
@@ -567,6 +574,7 @@ impl Services {
 }
 
 /// How a run of the sandbox ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     Returned,
     Preempted,

@@ -1,10 +1,14 @@
 //! SMIs: those that firmware in the sandbox asks for, those that the guest asks for, and those that come by themselves.
+//!
+//! UNSAFETY: the instruction that gives random numbers.
+#![expect(unsafe_code, reason = "the hardware edge")]
 
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::SMI_COMMAND;
 use firmware::service::Service;
+use firmware::smm::check::{GuardError, Guarded};
 use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
 use firmware::smm::facts::{self, Facts};
 use heapless::Vec;
@@ -12,12 +16,13 @@ use hv::addr::PhysRange;
 use hv::io::PortIo;
 use iommu::pci::Function;
 use log::warn;
+use spin::{Mutex, Once};
 
 use crate::cpu::{Cpu, native_cpuid};
-use crate::exposure;
 use crate::metal::{Identity, Msrs, Ports, TscClock};
 use crate::services::PRISTINE_MAX;
 use crate::smp::MAX_CPUS;
+use crate::{exposure, fatal};
 
 /// Room for the WSMT: 40 bytes, and what a later version may add.
 const WSMT_MAX: usize = 256;
@@ -26,6 +31,14 @@ const ECHO_US: u64 = 1_000_000;
 
 /// For each CPU until when one SMI is the echo of one that is on record.
 static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
+
+/// What SMM must not have changed.
+static GUARD: Once<Mutex<Guard>> = Once::new();
+
+struct Guard {
+    sums: Guarded,
+    mem: Identity,
+}
 
 /// Whether the guest may raise software SMIs.
 static GUEST_MAY: AtomicBool = AtomicBool::new(false);
@@ -51,6 +64,39 @@ pub struct SmiGate {
     pub runtime: Vec<PhysRange, PRISTINE_MAX>,
     /// Which requests may be made.
     pub policy: SmmPolicy,
+}
+
+/// Looks at `regions` after each SMI from now on. More than can be looked at quickly is an error, and nothing is looked at.
+pub fn guard(regions: &[PhysRange], mem: Identity) -> Result<(), GuardError> {
+    let sums = Guarded::new(key(), regions, &mem)?;
+    GUARD.call_once(|| Mutex::new(Guard { sums, mem }));
+    Ok(())
+}
+
+/// A key that firmware cannot know beforehand; a CPU without random numbers has the time since power-on for one.
+fn key() -> [u8; 16] {
+    const RDRAND: u32 = 1 << 30;
+    let [_, _, features, _] = native_cpuid(1, 0);
+    let word = || {
+        let mut value = 0;
+        // SAFETY: the CPU has the instruction; it writes nothing but the value.
+        let random = features & RDRAND != 0 && unsafe { x86::random::rdrand64(&mut value) };
+        // SAFETY: reads a counter.
+        if random { value } else { unsafe { x86::time::rdtsc() } }
+    };
+    let (low, high) = (word(), word());
+    (u128::from(high) << 64 | u128::from(low)).to_le_bytes()
+}
+
+/// After an SMI: ends the launch if SMM changed what is the MLE's.
+fn look_for_damage(id: u32, clock: &TscClock) {
+    // Another CPU looks already.
+    let Some(guard) = GUARD.get().and_then(Mutex::try_lock) else { return };
+    let Some(damage) = guard.sums.check(&guard.mem) else { return };
+    let record = Record::new(Kind::REGION_CHANGED, id, exposure::now_us(clock));
+    exposure::record(&Record { text: Some(Text::new(damage)), ..record });
+    exposure::flush(clock);
+    fatal::stop(format_args!("after an SMI: {damage}"))
 }
 
 /// What became of an SMI that firmware asked for.
@@ -89,6 +135,7 @@ impl SmiGate {
             communicate::Decision::Allow => {
                 expect_echoes(since);
                 raise();
+                look_for_damage(cpu, clock);
                 record.decision = Decision::PASSED;
                 let took = exposure::now_us(clock).saturating_sub(since);
                 record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
@@ -106,6 +153,26 @@ impl SmiGate {
         };
         exposure::record(&record);
         answer
+    }
+
+    /// Answers what firmware left for SMM and did not ask for with an SMI of its own: the next one, whoever raises it, would
+    /// carry it out unjudged. To be called before an SMI of another cause, and when a call ends.
+    pub fn withdraw_unasked(&self, mem: &Identity, service: Service, cpu: u32, clock: &TscClock) {
+        let Some(core) = &self.core else { return };
+        let pending = core.pending(mem, &self.runtime);
+        if pending == Ok(None) {
+            return;
+        }
+        core.withdraw(mem);
+        warn!("a request to SMM without an SMI, in {service:?}, is withdrawn");
+        let record = Record::new(Kind::REFUSED, cpu, exposure::now_us(clock));
+        let text = match &pending {
+            Ok(Some(request)) => Text::new(request),
+            Ok(None) => return,
+            Err(error) => Text::new(error),
+        };
+        let (text, decision, service) = (Some(text), Decision::DENIED, service as u8);
+        exposure::record(&Record { text, decision, service, ..record });
     }
 }
 
@@ -126,6 +193,7 @@ pub fn of_guest(command: u8, id: u32, cpu: &mut Cpu, ports: &Ports, clock: &TscC
         expect_echoes(since);
         ports.out8(SMI_COMMAND, command);
         cpu.let_pending_in();
+        look_for_damage(id, clock);
         record.decision = Decision::PASSED;
         let took = exposure::now_us(clock).saturating_sub(since);
         record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
@@ -138,6 +206,7 @@ pub fn arrived(index: usize, id: u32, took_us: u64, clock: &TscClock) {
     let now = exposure::now_us(clock);
     let echo = ECHO_UNTIL.get(index).is_some_and(|until| until.swap(0, Ordering::Relaxed) > now);
     if !echo {
+        look_for_damage(id, clock);
         let duration_us = u32::try_from(took_us).unwrap_or(u32::MAX);
         exposure::record(&Record { duration_us, ..Record::new(Kind::SMI, id, now.saturating_sub(took_us)) });
     }
