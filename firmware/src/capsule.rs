@@ -49,7 +49,7 @@ const _: () = assert!(LIST_AT as usize + (CAPSULES_MAX + 1) * size_of::<Block>()
 /// The guest's memory by guest-physical address.
 pub trait GuestRam {
     /// Copies from RAM that is the guest's; false when any byte is not. `out` is unspecified then.
-    fn read(&self, gpa: u64, out: &mut [u8]) -> bool;
+    fn read_ram(&self, gpa: u64, out: &mut [u8]) -> bool;
 }
 
 /// EFI_CAPSULE_HEADER.
@@ -485,7 +485,7 @@ impl<R: GuestRam> Blocks<'_, R> {
             let (at, length) = self.block;
             let take = usize::try_from(length).unwrap_or(usize::MAX).min(out.len());
             let (piece, rest) = core::mem::take(&mut out).split_at_mut(take);
-            if !self.ram.read(at, piece) {
+            if !self.ram.read_ram(at, piece) {
                 return Err(CapsuleError::Block { at, length });
             }
             self.block = (at.saturating_add(take as u64), length.saturating_sub(take as u64));
@@ -511,7 +511,7 @@ impl<R: GuestRam> Blocks<'_, R> {
                 return Err(CapsuleError::ListTooLong);
             }
             let mut descriptor = Block::new_zeroed();
-            if !at.is_multiple_of(8) || !self.ram.read(at, descriptor.as_mut_bytes()) {
+            if !at.is_multiple_of(8) || !self.ram.read_ram(at, descriptor.as_mut_bytes()) {
                 return Err(CapsuleError::Descriptor { at });
             }
             let (length, address) = (descriptor.length.get(), descriptor.address.get());

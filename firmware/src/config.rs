@@ -36,6 +36,11 @@ pub const UNLOCK_PCR: RangeInclusive<u32> = 18..=22;
 /// `unlock.pcr` when the file does not say: the exposure log's.
 pub const UNLOCK_PCR_DEFAULT: u32 = 22;
 
+/// Accepted values of `capsule.room-mib`.
+pub const CAPSULE_MIB: RangeInclusive<u32> = 1..=256;
+/// `capsule.room-mib` when the file does not say: a PC's firmware image.
+pub const CAPSULE_MIB_DEFAULT: u32 = 16;
+
 /// Ports that firmware may use beside those that it always may.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortRange {
@@ -111,6 +116,8 @@ pub struct Config {
     pub guest_smi: bool,
     /// `unlock.pcr`: the PCR that shows what was unlocked.
     pub unlock_pcr: u32,
+    /// `capsule.room-mib`: MiB of RAM kept from the guest to stage capsules in, while a service takes any.
+    pub capsule_mib: u32,
 }
 
 impl Default for Config {
@@ -122,6 +129,7 @@ impl Default for Config {
             smm: SmmPolicy::default(),
             guest_smi: false,
             unlock_pcr: UNLOCK_PCR_DEFAULT,
+            capsule_mib: CAPSULE_MIB_DEFAULT,
         }
     }
 }
@@ -235,6 +243,13 @@ impl fmt::Display for ConfigError<'_> {
 }
 
 impl Config {
+    /// Bytes of RAM to stage capsules in; none when no service takes them.
+    pub fn capsule_room(&self) -> Option<u64> {
+        let taken = Service::ALL.into_iter().filter(|s| s.takes_capsules());
+        let any = taken.map(|s| self.policies.service(s)).any(|policy| policy != Policy::Deny);
+        any.then(|| u64::from(self.capsule_mib) << 20)
+    }
+
     /// Reads a whole file. An empty one gives the defaults.
     pub fn parse(file: &[u8]) -> Result<Self, ConfigError<'_>> {
         if file.len() > FILE_MAX {
@@ -291,6 +306,7 @@ impl Config {
             "smm.guest" => {
                 self.guest_smi = line.one_of(&[("deny", false), ("allow", true)], "deny or allow")?
             }
+            "capsule.room-mib" => self.capsule_mib = line.number("a number of MiB", CAPSULE_MIB)?,
             "unlock.pcr" => self.unlock_pcr = line.number("a PCR", UNLOCK_PCR)?,
             _ => {
                 if let Some(name) = key.strip_prefix("service.") {
@@ -352,7 +368,7 @@ impl Config {
 }
 
 /// Keys that may be set once.
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 10] = [
     "log",
     "sandbox.budget-ms",
     "sandbox.budget-exits",
@@ -361,6 +377,7 @@ const KEYS: [&str; 9] = [
     "sandbox.denied-msrs",
     "smm.handlers",
     "smm.guest",
+    "capsule.room-mib",
     "unlock.pcr",
 ];
 const LEVELS: [(&str, LevelFilter); 5] = [
@@ -478,9 +495,11 @@ mod tests {
         let c = Config::default();
         assert_eq!((c.log, c.sandbox.budget_ms), (LevelFilter::Info, 10_000));
         assert_eq!(c.policies.service(Service::SetVariable), Policy::Sandbox);
-        assert_eq!(c.policies.service(Service::UpdateCapsule), Policy::Deny);
-        assert_eq!(c.policies.rt_properties(), 0x3fff & !0x100 & !0x800 & !0x1000);
-        assert_eq!((c.guest_smi, c.unlock_pcr), (false, 22));
+        assert_eq!(c.policies.service(Service::ConvertPointer), Policy::Deny);
+        assert_eq!(c.policies.rt_properties(), 0x3fff & !0x100);
+        assert_eq!((c.guest_smi, c.unlock_pcr, c.capsule_room()), (false, 22, Some(16 << 20)));
+        let none = b"service.UpdateCapsule = deny\nservice.QueryCapsuleCapabilities = deny";
+        assert_eq!(Config::parse(none).unwrap().capsule_room(), None);
     }
 
     #[test]
@@ -537,8 +556,8 @@ mod tests {
                  this version takes sandbox, locked or deny",
             ),
             (
-                "service.UpdateCapsule = sandbox",
-                "configuration line 1: service.UpdateCapsule = sandbox: not supported yet; \
+                "service.ConvertPointer = sandbox",
+                "configuration line 1: service.ConvertPointer = sandbox: not supported yet; \
                  this version takes deny",
             ),
             (

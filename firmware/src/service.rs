@@ -121,9 +121,15 @@ impl Service {
         }
     }
 
-    /// Whether this version can carry the call out at all.
+    /// Whether a call can be carried out at all. ConvertPointer is for firmware's own drivers, inside SetVirtualAddressMap,
+    /// which no firmware sees here.
     pub const fn supported(self) -> bool {
-        !matches!(self, Self::ConvertPointer | Self::UpdateCapsule | Self::QueryCapsuleCapabilities)
+        !matches!(self, Self::ConvertPointer)
+    }
+
+    /// Whether this is one of those that take capsules.
+    pub const fn takes_capsules(self) -> bool {
+        matches!(self, Self::UpdateCapsule | Self::QueryCapsuleCapabilities)
     }
 }
 

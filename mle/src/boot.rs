@@ -98,6 +98,8 @@ pub struct Layout {
     pub tables: PhysRange,
     /// Memory that the sandbox works in: not the guest's.
     pub sandbox: PhysRange,
+    /// Memory in which capsules are staged for the sandbox: not the guest's.
+    pub staging: Option<PhysRange>,
     /// The guest's memory.
     pub map: GuestMap,
 }
@@ -126,20 +128,21 @@ pub struct Start {
 
 /// Chooses places for everything in memory that the firmware's map says is free, clear of what was loaded.
 ///
-/// `sandbox` is how many bytes the sandbox works in.
+/// `sandbox` is how many bytes the sandbox works in, `staging` how many are for capsules.
 pub fn plan(
     inputs: &Inputs,
     firmware_map: &MemoryMap,
     kernel: &Kernel,
     sandbox: u64,
+    staging: Option<u64>,
 ) -> Result<Layout, BootError> {
     let reserved = [inputs.slb, inputs.region, inputs.launch_page, inputs.log]
         .map(|range| CarveOut { range, usage: Use::Reserved });
     let free = firmware_map.guest(&reserved)?;
-    let mut taken = heapless::Vec::<PhysRange, 10>::new();
+    let mut taken = heapless::Vec::<PhysRange, 12>::new();
     for range in [Some(inputs.kernel), inputs.initrd, inputs.cmdline, inputs.config, Some(inputs.memory_map)]
     {
-        // Five of ten places, the rest below.
+        // Five of twelve places, the rest below.
         let _ = range.map(|r| taken.push(r.page_outward()));
     }
     let placement = kernel.place(&free, &taken)?;
@@ -157,6 +160,7 @@ pub fn plan(
     let thunks = find(PAGE_SIZE)?;
     let tables = find(TABLES_AREA)?;
     let sandbox = find(sandbox)?;
+    let staging = staging.map(find).transpose()?;
 
     let mut carve_outs = heapless::Vec::<CarveOut, 16>::new();
     let loaded = [Some(placement.room), inputs.initrd, Some(boot)];
@@ -167,13 +171,14 @@ pub fn plan(
             CarveOut { range: thunks, usage: Use::Thunks },
             CarveOut { range: tables, usage: Use::Tables },
             CarveOut { range: sandbox, usage: Use::Reserved },
-        ]);
+        ])
+        .chain(staging.map(|range| CarveOut { range, usage: Use::Reserved }));
     for carve_out in all {
-        // Four, three and three: fewer than sixteen.
+        // Four, three, three and one: fewer than sixteen.
         let _ = carve_outs.push(carve_out);
     }
     let map = firmware_map.guest(&carve_outs)?;
-    Ok(Layout { placement, boot, thunks, tables, sandbox, map })
+    Ok(Layout { placement, boot, thunks, tables, sandbox, staging, map })
 }
 
 /// Copies the kernel to its place and writes the boot data. `pool` gives pages of the layout's own boot area.
@@ -402,7 +407,7 @@ mod tests {
     #[test]
     fn nothing_of_the_guest_lies_on_what_is_not_its() {
         let (inputs, map) = (inputs(), map());
-        let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE).unwrap();
+        let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, Some(MIB)).unwrap();
         let guests = [layout.placement.room, layout.boot, layout.thunks, layout.tables];
         let others = [
             inputs.slb,
@@ -418,9 +423,14 @@ mod tests {
             assert!(others.iter().chain(&guests[i + 1..]).all(|b| !a.overlaps(b)), "{a}");
         }
         for ram in layout.map.ram() {
-            for closed in
-                [inputs.slb, inputs.region, inputs.launch_page, layout.sandbox, range(16 * MIB, MIB)]
-            {
+            for closed in [
+                inputs.slb,
+                inputs.region,
+                inputs.launch_page,
+                layout.sandbox,
+                layout.staging.unwrap(),
+                range(16 * MIB, MIB),
+            ] {
                 assert!(!ram.overlaps(&closed), "{ram} {closed}");
             }
         }
@@ -434,7 +444,7 @@ mod tests {
         let ram = Ram::new(RAM);
         ram.write(inputs.cmdline.unwrap().start(), b"quiet x");
         ram.write(inputs.kernel.start() + 5 * 512, b"first byte of the protected-mode code");
-        let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE).unwrap();
+        let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE, Some(MIB)).unwrap();
         let start = write(&layout, &inputs, &kernel, &ram, |area| Pool(&ram, area.start())).unwrap();
         let mut code = [0; 5];
         ram.read(layout.placement.room.start(), &mut code);
@@ -453,7 +463,7 @@ mod tests {
     #[test]
     fn a_machine_without_room_is_an_error() {
         let (inputs, map, kernel) = (inputs(), map(), kernel());
-        let error = plan(&inputs, &map, &kernel, 1 << 40).err();
+        let error = plan(&inputs, &map, &kernel, 1 << 40, None).err();
         assert_eq!(error, Some(BootError::NoRoom { size: 1 << 40 }));
     }
 }

@@ -256,7 +256,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let mut head = [0; HEADER_BYTES];
     mem.read(inputs.kernel.start(), &mut head);
     let kernel = Kernel::parse(&head, inputs.kernel.len())?;
-    let layout = boot::plan(&inputs, &map, &kernel, services::SANDBOX_SIZE)?;
+    let layout = boot::plan(&inputs, &map, &kernel, services::SANDBOX_SIZE, config.capsule_room())?;
     let cpus = crate::acpi::count_cpus(&mem, &acpi);
     let ecam = crate::acpi::ecam(&mem, &acpi);
     map.check_runtime(&FIXED_DEVICES)?;

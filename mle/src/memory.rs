@@ -87,7 +87,9 @@ pub fn describe(
         };
         space.assign(region.range, kind)?;
     }
-    space.assign(layout.sandbox, Kind::CallBuffer)?;
+    for range in [Some(layout.sandbox), layout.staging].into_iter().flatten() {
+        space.assign(range, Kind::CallBuffer)?;
+    }
     for range in layout.map.ram() {
         space.assign(range, Kind::Ram)?;
     }

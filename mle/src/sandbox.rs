@@ -122,6 +122,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError>
         vcpu: SvmVcpu::new(pool.object().ok_or(none("the VMCB", PAGE_SIZE))?, Role::Sandbox, &vm),
         entries: Service::ALL.map(|s| tables.entry(s, map)),
         area: layout.sandbox,
+        staging: layout.staging,
         buffer: pool.object().ok_or(none("the call buffer", services::SANDBOX_SIZE))?,
         fpu: FpuArea::new(pool).ok_or(none("FPU registers", PAGE_SIZE))?,
         return_to: input.return_to,

@@ -4,12 +4,13 @@
 //! instruction, takes its interrupt there, and its next attempt continues the call. So the guest never waits for its
 //! interrupts, and the time budget of a call that loops is enforced.
 
-use core::fmt::Write;
+use core::fmt::{self, Write};
 
 use firmware::call::{
-    Answer, Args, Begin, CALL_BUFFER_SIZE, CallBuffer, Gate, OwnVariable, OwnVariables, Pending, ResetKind,
-    Services as Unlocked, Status,
+    Answer, Args, Begin, CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Gate, OwnVariable, OwnVariables,
+    Pending, ResetKind, Services as Unlocked, Status,
 };
+use firmware::capsule::{self, CapsuleError, StagedQuery, Staging};
 use firmware::exposure::{self as log_format, Decision, Denied, Kind, Name, Record, Text, Variable};
 use firmware::sandbox::{Counters, NotReady, Reason, SMI_COMMAND, Sandbox, State, Verdict};
 use firmware::service::{COUNT, Service};
@@ -60,6 +61,8 @@ pub struct Parts {
     pub entries: [Option<u64>; COUNT],
     /// Its memory, [`SANDBOX_SIZE`] bytes.
     pub area: PhysRange,
+    /// Memory in which capsules are staged for it, if any service takes them.
+    pub staging: Option<PhysRange>,
     /// The MLE's own call buffer.
     pub buffer: &'static mut CallBuffer,
     /// Where the guest's FPU state waits while firmware runs.
@@ -105,12 +108,22 @@ struct Call {
     variable: Option<Variable>,
 }
 
+/// What firmware is to do, and where its results go.
+enum Job {
+    /// A call by the call buffer.
+    Call(Pending),
+    /// Capsules. The machine is to be reset if firmware takes them.
+    Update { initiate_reset: bool },
+    /// A question about capsules.
+    Query(StagedQuery),
+}
+
 /// How far a call is. A record of what happened comes before the measurement, the measurement before the guest sees it.
 enum Phase {
     /// Firmware runs.
-    Running(Pending),
+    Running(Job),
     /// Firmware returned this in RAX. It is on record; the results are still in the buffer.
-    Returned(Pending, u64),
+    Returned(Job, u64),
     /// All is on record but for the guest's knowing the status.
     Answered(Status),
     /// The request to unlock is on record; nothing is open yet.
@@ -230,10 +243,10 @@ impl Services {
         };
         loop {
             let next = match phase {
-                Phase::Running(pending) => self.run_firmware(&call, pending, cpu, vcpu, ports),
-                Phase::Returned(pending, rax) => match exposure::settle(&self.parts.clock) {
-                    Settled::Wait => Err(Phase::Returned(pending, rax)),
-                    Settled::Measured | Settled::Late => Ok(self.give(&call, pending, rax, vcpu)),
+                Phase::Running(job) => self.run_firmware(&call, job, cpu, vcpu, ports),
+                Phase::Returned(job, rax) => match exposure::settle(&self.parts.clock) {
+                    Settled::Wait => Err(Phase::Returned(job, rax)),
+                    Settled::Measured | Settled::Late => Ok(self.give(&call, job, rax, vcpu)),
                 },
                 Phase::Answered(status) => match exposure::settle(&self.parts.clock) {
                     Settled::Wait => Err(Phase::Answered(status)),
@@ -278,7 +291,7 @@ impl Services {
     fn run_firmware(
         &mut self,
         call: &Call,
-        pending: Pending,
+        job: Job,
         cpu: &mut Cpu,
         vcpu: &SvmVcpu<'_>,
         ports: Ports,
@@ -291,18 +304,16 @@ impl Services {
             parts.smi.withdraw_unasked(&parts.mem, call.service, call.owner, &parts.clock);
         }
         match end {
-            End::Preempted => Err(Phase::Running(pending)),
+            End::Preempted => Err(Phase::Running(job)),
             End::Returned => {
                 let rax = self.parts.vcpu.gprs().rax;
                 let record = self.record_of(call, Decision::SANDBOX, rax);
                 exposure::record(&record);
-                Ok(Phase::Returned(pending, rax))
+                Ok(Phase::Returned(job, rax))
             }
             End::Dead(reason) => {
                 self.died(call, reason);
-                let parts = &mut self.parts;
-                let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
-                let status = parts.gate.end_without_firmware(pending, &view, parts.buffer).status;
+                let status = self.end_without_firmware(job, vcpu);
                 let record = self.record_of(call, Decision::SANDBOX, status.0 as u64);
                 exposure::record(&record);
                 Ok(Phase::Answered(status))
@@ -310,23 +321,49 @@ impl Services {
         }
     }
 
-    /// Checks firmware's results and copies them to the guest.
-    fn give(&mut self, call: &Call, pending: Pending, rax: u64, vcpu: &SvmVcpu<'_>) -> Phase {
+    /// Ends a call that firmware does not carry out, or did not end.
+    fn end_without_firmware(&mut self, job: Job, vcpu: &SvmVcpu<'_>) -> Status {
         let parts = &mut self.parts;
         let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
-        copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::FromSandbox);
-        let outcome = parts.gate.end(pending, rax, &view, parts.buffer);
-        if let Some(anomaly) = outcome.anomaly {
-            warn!("{anomaly} from {:?}", call.service);
-            let text = Some(Text::new(anomaly));
-            let status = outcome.status.0 as u64;
-            exposure::record(&Record {
-                text,
-                kind: Kind::REFUSED,
-                ..self.record_of(call, Decision::DENIED, status)
-            });
+        match job {
+            Job::Call(pending) => parts.gate.end_without_firmware(pending, &view, parts.buffer).status,
+            Job::Update { .. } | Job::Query(_) => Status::DEVICE_ERROR,
         }
-        Phase::Answered(outcome.status)
+    }
+
+    /// Checks firmware's results and copies them to the guest.
+    fn give(&mut self, call: &Call, job: Job, rax: u64, vcpu: &SvmVcpu<'_>) -> Phase {
+        let parts = &mut self.parts;
+        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+        let strange = |anomaly: &dyn fmt::Display| {
+            warn!("{anomaly} from {:?}", call.service);
+            Some(Text::new(anomaly))
+        };
+        let (status, text) = match job {
+            Job::Call(pending) => {
+                copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::FromSandbox);
+                let outcome = parts.gate.end(pending, rax, &view, parts.buffer);
+                (outcome.status, outcome.anomaly.and_then(|anomaly| strange(&anomaly)))
+            }
+            Job::Update { initiate_reset } => match firmware::call::status(rax) {
+                Ok(Status::SUCCESS) if initiate_reset => return reset(call, ResetKind::Warm, &parts.clock),
+                Ok(status) => (status, None),
+                Err(anomaly) => (Status::DEVICE_ERROR, strange(&anomaly)),
+            },
+            Job::Query(query) => match firmware::call::status(rax) {
+                Ok(Status::SUCCESS) => match staging(parts).and_then(|s| query.finish(&view, &s)) {
+                    Ok(()) => (Status::SUCCESS, None),
+                    Err(error) => (error.status(), strange(&error)),
+                },
+                Ok(status) => (status, None),
+                Err(anomaly) => (Status::DEVICE_ERROR, strange(&anomaly)),
+            },
+        };
+        if text.is_some() {
+            let record = self.record_of(call, Decision::DENIED, status.0 as u64);
+            exposure::record(&Record { text, kind: Kind::REFUSED, ..record });
+        }
+        Phase::Answered(status)
     }
 
     /// Opens what the guest asked for, once its wish is in the PCRs.
@@ -447,27 +484,51 @@ impl Services {
                 exposure::record(&Record { text, decision: Decision::PASSED, ..record });
                 Phase::Unlocking(services)
             }
-            Begin::Reset(kind) => {
-                let text = Some(Text::new(format_args!("{kind:?}")));
-                exposure::record(&Record { text, ..Record::new(Kind::RESET, apic_id, call.since_us) });
-                Phase::Resetting(kind)
-            }
-            Begin::Run(pending) => match self.enter(&call, &pending) {
-                Ok(()) => Phase::Running(pending),
-                Err(_) => {
-                    let parts = &mut self.parts;
-                    let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
-                    let status = parts.gate.end_without_firmware(pending, &view, parts.buffer).status;
-                    exposure::record(&self.record_of(&call, Decision::NONE, status.0 as u64));
-                    Phase::Answered(status)
+            Begin::Reset(kind) => reset(&call, kind, &parts.clock),
+            Begin::Capsules => {
+                let staged = staging(parts).and_then(|to| match service {
+                    Service::UpdateCapsule => {
+                        let staged = capsule::stage_update(&args, &view, &view, &to)?;
+                        Ok((Job::Update { initiate_reset: staged.initiate_reset }, staged.call))
+                    }
+                    _ => {
+                        let staged = capsule::stage_query(&args, &view, &to)?;
+                        let registers = staged.call;
+                        Ok((Job::Query(staged), registers))
+                    }
+                });
+                match staged {
+                    Ok((job, registers)) => self.enter_or_end(&call, job, &registers, vcpu),
+                    Err(error) => {
+                        warn!("capsules of the guest: {error}");
+                        let status = error.status();
+                        let record = self.record_of(&call, Decision::NONE, status.0 as u64);
+                        exposure::record(&Record { text: Some(Text::new(error)), ..record });
+                        Phase::Answered(status)
+                    }
                 }
-            },
+            }
+            Begin::Run(pending) => {
+                copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::ToSandbox);
+                let registers = pending.call(buffer_at(parts.area));
+                self.enter_or_end(&call, Job::Call(pending), &registers, vcpu)
+            }
         };
         Some((call, phase))
     }
 
-    /// Prepares the sandbox for a call.
-    fn enter(&mut self, call: &Call, pending: &Pending) -> Result<(), NotReady> {
+    /// Prepares the sandbox for a call, or ends it when there is none.
+    fn enter_or_end(&mut self, call: &Call, job: Job, registers: &FirmwareCall, vcpu: &SvmVcpu<'_>) -> Phase {
+        if self.enter(call, registers).is_ok() {
+            return Phase::Running(job);
+        }
+        let status = self.end_without_firmware(job, vcpu);
+        exposure::record(&self.record_of(call, Decision::NONE, status.0 as u64));
+        Phase::Answered(status)
+    }
+
+    /// Prepares the sandbox for a call. What the call needs of memory is in place.
+    fn enter(&mut self, call: &Call, registers: &FirmwareCall) -> Result<(), NotReady> {
         self.revive(call);
         let parts = &mut self.parts;
         let Some(entry) = parts.entries.get(call.service.index()).copied().flatten() else {
@@ -476,8 +537,6 @@ impl Services {
             return Err(NotReady::Dead(Reason::NoEntry));
         };
         parts.state.start(parts.clock.now_us())?;
-        copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::ToSandbox);
-        let registers = pending.call(buffer_at(parts.area));
         let frame = registers.frame(parts.return_to);
         // Aligned so that RSP is 8 modulo 16 at the entry point.
         let rsp = buffer_at(parts.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
@@ -571,6 +630,20 @@ impl Services {
             }
         }
     }
+}
+
+/// Puts the guest's wish for a reset on record.
+fn reset(call: &Call, kind: ResetKind, clock: &TscClock) -> Phase {
+    let text = Some(Text::new(format_args!("{kind:?}")));
+    let record = Record::new(Kind::RESET, call.owner, exposure::now_us(clock));
+    exposure::record(&Record { text, service: call.service as u8, ..record });
+    Phase::Resetting(kind)
+}
+
+/// The memory in which capsules are staged.
+fn staging(parts: &Parts) -> Result<Staging<'_, Identity>, CapsuleError> {
+    let range = parts.staging.unwrap_or(parts.area);
+    if parts.staging.is_some() { Staging::new(&parts.mem, range) } else { Err(CapsuleError::Staging(range)) }
 }
 
 /// How a run of the sandbox ended.

@@ -16,6 +16,7 @@ pub(super) enum Decoded {
     Run(Results),
     Reset(ResetKind),
     Unlock(Services),
+    Capsules,
 }
 
 /// A pointer that the specification wants: NULL is EFI_INVALID_PARAMETER.

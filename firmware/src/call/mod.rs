@@ -20,7 +20,8 @@ use buffer::Slots;
 pub use buffer::{CALL_BUFFER_SIZE, CallBuffer, DATA_MAX, NAME_MAX};
 use hv::addr::{PAGE_SIZE, PhysRange};
 pub use own::{OwnVariable, OwnVariables, VENDOR};
-use results::{give, status};
+use results::give;
+pub use results::status;
 pub use uefi_raw::{Guid, Status, guid};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -87,6 +88,8 @@ pub enum Begin {
     Run(Pending),
     /// The guest wants the machine reset; the MLE does that.
     Reset(ResetKind),
+    /// Capsules are to be staged for the firmware: see [`crate::capsule`].
+    Capsules,
     /// The guest wants services unlocked: once a PCR shows that, [`Gate::unlock`].
     Unlock(Services),
 }
@@ -294,9 +297,8 @@ impl Gate {
             Service::QueryVariableInfo => arguments::query_variable_info(args),
             Service::ResetSystem => arguments::reset(args),
             Service::SetVirtualAddressMap => self.set_virtual_address_map(args, mem),
-            Service::ConvertPointer | Service::UpdateCapsule | Service::QueryCapsuleCapabilities => {
-                Err(Status::UNSUPPORTED)
-            }
+            Service::UpdateCapsule | Service::QueryCapsuleCapabilities => Ok(Decoded::Capsules),
+            Service::ConvertPointer => Err(Status::UNSUPPORTED),
         };
         let own = |status| Begin::Done(Answer { status, decision: Decision::OWN });
         match decoded {
@@ -305,10 +307,11 @@ impl Gate {
                 Policy::Locked => Begin::Done(Answer::refused(Decision::LOCKED)),
                 Policy::Deny => Begin::Done(Answer::refused(Decision::DENIED)),
             },
-            Ok(Decoded::Reset(_)) if self.policy(service, None) == Policy::Locked => {
+            Ok(Decoded::Reset(_) | Decoded::Capsules) if self.policy(service, None) == Policy::Locked => {
                 Begin::Done(Answer::refused(Decision::LOCKED))
             }
             Ok(Decoded::Reset(kind)) => Begin::Reset(kind),
+            Ok(Decoded::Capsules) => Begin::Capsules,
             Ok(Decoded::Unlock(services)) => Begin::Unlock(services),
             Ok(Decoded::Done(status)) | Err(status) => own(status),
         }

@@ -8,10 +8,13 @@ use super::buffer::{CallBuffer, DATA_MAX, NAME_MAX};
 use super::own::{OwnVariable, VENDOR};
 use super::{Anomaly, Fault, GuestMem, Outcome, Pending, Results};
 
-/// Success or one of the specification's errors; no runtime service returns a warning.
+/// What firmware returned in RAX: success or one of the specification's errors; no runtime service returns a warning.
+///
+/// # Errors
+/// [`Anomaly::Status`] for anything else.
 ///
 /// Spec: \[UEFI\] "Status Codes".
-pub(super) fn status(rax: u64) -> Result<Status, Anomaly> {
+pub fn status(rax: u64) -> Result<Status, Anomaly> {
     const ERROR: u64 = 1 << 63;
     let code = rax & !ERROR;
     let defined = rax == 0 || (rax & ERROR != 0 && (1..=35).contains(&code));

@@ -16,7 +16,7 @@ struct Guest {
 }
 
 impl GuestRam for Guest {
-    fn read(&self, gpa: u64, out: &mut [u8]) -> bool {
+    fn read_ram(&self, gpa: u64, out: &mut [u8]) -> bool {
         self.read.set(self.read.get() + out.len() as u64);
         PhysMem::read(&self.ram, gpa, out)
     }

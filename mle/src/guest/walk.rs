@@ -1,6 +1,7 @@
 //! The guest's memory by virtual address: its own page tables, read as the CPU reads them.
 
 use firmware::call::GuestMem;
+use firmware::capsule::GuestRam;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::radix::Rights;
@@ -69,6 +70,12 @@ impl<M: PhysMem> GuestView<'_, M> {
 
     fn read_phys(&self, at: u64, out: &mut [u8]) -> Option<()> {
         (self.reachable(at, out.len(), Rights::READ) && self.mem.read(at, out)).then_some(())
+    }
+}
+
+impl<M: PhysMem> GuestRam for GuestView<'_, M> {
+    fn read_ram(&self, gpa: u64, out: &mut [u8]) -> bool {
+        self.read_phys(gpa, out).is_some()
     }
 }
 
