@@ -51,7 +51,37 @@ const HOSTILE: [Image; 1] = [Image {
 
 /// Builds Cordon's images into the build folder. Quiet when nothing changed.
 pub fn build() -> Result<()> {
-    build_all(&IMAGES)
+    build_all(&IMAGES)?;
+    build_tool()
+}
+
+/// Builds the guest's tool: one file that needs no libraries.
+fn build_tool() -> Result<()> {
+    let made = target_dir().join("x86_64-unknown-linux-gnu/release/cordon");
+    let mut cargo = Command::new("cargo");
+    if made.exists() {
+        cargo.arg("--quiet");
+    }
+    let status = cargo
+        .current_dir(paths::root())
+        .args(["build", "--release", "-p", "audit", "--bin", "cordon", "--target", "x86_64-unknown-linux-gnu"])
+        .arg("--target-dir")
+        .arg(target_dir())
+        .arg("--config")
+        .arg("target.x86_64-unknown-linux-gnu.rustflags=[\"-Ctarget-feature=+crt-static\", \"-Cstrip=symbols\"]")
+        .status()
+        .context("starting cargo")?;
+    ensure!(status.success(), "cargo could not build the tool");
+    let bytes = fs::read(&made).with_context(|| made.display().to_string())?;
+    // The RAM disk that holds it is made again only when it changes.
+    if fs::read(paths::tool()).ok().as_deref() != Some(&bytes) {
+        initrd::write_whole(&paths::tool(), &bytes)?;
+    }
+    Ok(())
+}
+
+fn target_dir() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| paths::root().join("target"), PathBuf::from)
 }
 
 /// Builds the implant for hostile firmware into the build folder.
@@ -60,9 +90,7 @@ pub fn build_hostile() -> Result<()> {
 }
 
 fn build_all(images: &[Image]) -> Result<()> {
-    let target_dir =
-        env::var_os("CARGO_TARGET_DIR").map_or_else(|| paths::root().join("target"), PathBuf::from);
-    for (image, made) in images.iter().zip(make(images, &paths::root(), target_dir)?) {
+    for (image, made) in images.iter().zip(make(images, &paths::root(), target_dir())?) {
         initrd::write_whole(&(image.copy)(), &fs::read(&made).with_context(|| made.display().to_string())?)?;
     }
     Ok(())
@@ -124,16 +152,22 @@ fn without_paths(target: &str, root: &Path) -> Result<String> {
 
 /// Builds the RAM disk, if it is not there or older than the bench.
 pub fn build_initrd() -> Result<()> {
+    if !paths::tool().exists() {
+        build_tool()?;
+    }
     let to = paths::initrd();
     let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
     let fresh = match (changed(&to), env::current_exe().ok().and_then(|exe| changed(&exe))) {
-        (Some(made), Some(bench)) => made > bench && changed(&paths::kernel()).is_some_and(|k| made > k),
+        (Some(made), Some(bench)) => {
+            made > bench
+                && [paths::kernel(), paths::tool()].iter().all(|p| changed(p).is_some_and(|p| made > p))
+        }
         _ => false,
     };
     if fresh {
         return Ok(());
     }
-    initrd::build(Path::new("/usr/bin/busybox"), &paths::modules(), &to)
+    initrd::build(Path::new("/usr/bin/busybox"), &paths::tool(), &paths::modules(), &to)
 }
 
 /// Prints size and SHA-256 of what a launch measures.

@@ -1,4 +1,4 @@
-//! The guest's initial RAM disk: a static busybox, an init, a few kernel modules. The same inputs give
+//! The guest's initial RAM disk: a static busybox, Cordon's tool, an init, a few kernel modules. The same inputs give
 //! the same bytes.
 
 use std::collections::BTreeMap;
@@ -12,11 +12,12 @@ use cpio::newc::{Builder, ModeFileType, trailer};
 use flate2::{Compression, GzBuilder};
 
 /// What init loads, in this order, each after what it depends on: EFI variables, then the disk and its file system.
-const MODULES: [&str; 7] = ["efivarfs", "ahci", "sd_mod", "vfat", "nls_cp437", "nls_ascii", "msr"];
+const MODULES: [&str; 8] =
+    ["efivarfs", "ahci", "sd_mod", "vfat", "nls_cp437", "nls_ascii", "msr", "capsule-loader"];
 const INIT: &[u8] = include_bytes!("../guest/init");
 
-/// Writes the RAM disk to `to`, with busybox from `busybox` and modules from the folder `modules`.
-pub fn build(busybox: &Path, modules: &Path, to: &Path) -> Result<()> {
+/// Writes the RAM disk to `to`, with busybox from `busybox`, `cordon` from `tool`, and modules from the folder `modules`.
+pub fn build(busybox: &Path, tool: &Path, modules: &Path, to: &Path) -> Result<()> {
     let order = load_order(modules)?;
     let mut archive = Archive::default();
     for folder in ["bin", "lib", "lib/modules"] {
@@ -26,6 +27,8 @@ pub fn build(busybox: &Path, modules: &Path, to: &Path) -> Result<()> {
     let busybox =
         fs::read(busybox).with_context(|| format!("{}: is busybox-static installed?", busybox.display()))?;
     archive.add("bin/busybox", ModeFileType::Regular, 0o755, &busybox)?;
+    let tool = fs::read(tool).with_context(|| format!("{}: run `make build`", tool.display()))?;
+    archive.add("bin/cordon", ModeFileType::Regular, 0o755, &tool)?;
     let mut list = String::new();
     for module in &order {
         let name = module.file_name().unwrap_or_default().to_string_lossy();
@@ -143,8 +146,8 @@ mod tests {
         module(dir.path(), "efivarfs", "");
         let (busybox, a, b) = (dir.path().join("busybox"), dir.path().join("a"), dir.path().join("b"));
         fs::write(&busybox, "box").unwrap();
-        build(&busybox, dir.path(), &a).unwrap();
-        build(&busybox, dir.path(), &b).unwrap();
+        build(&busybox, &busybox, dir.path(), &a).unwrap();
+        build(&busybox, &busybox, dir.path(), &b).unwrap();
         assert_eq!(fs::read(a).unwrap(), fs::read(b).unwrap());
     }
 }

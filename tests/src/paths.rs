@@ -28,6 +28,11 @@ pub fn initrd() -> PathBuf {
     build().join("initrd.img")
 }
 
+/// The guest's tool.
+pub fn tool() -> PathBuf {
+    build().join("cordon")
+}
+
 /// The loader, a UEFI application.
 pub fn loader() -> PathBuf {
     build().join("loader.efi")
