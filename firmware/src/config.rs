@@ -424,17 +424,18 @@ impl<'a> Line<'a> {
 
     fn policy(self, service: Service) -> Result<Policy, ConfigErrorKind<'a>> {
         let Self { key, value } = self;
-        // The MLE answers that one itself, and no guest gets far without it.
-        let lockable = service != Service::SetVirtualAddressMap;
-        let expected = match (service.supported(), lockable) {
-            (false, _) => "deny",
-            (true, false) => "sandbox or deny",
-            (true, true) => "sandbox, locked or deny",
+        // SetVirtualAddressMap is answered by the MLE, and no guest gets far without it; only writes can wait.
+        let expected = match service {
+            Service::SetVariable => "sandbox, locked, deferred or deny",
+            Service::SetVirtualAddressMap => "sandbox or deny",
+            _ if service.supported() => "sandbox, locked or deny",
+            _ => "deny",
         };
         match value {
             "deny" => Ok(Policy::Deny),
             "sandbox" if service.supported() => Ok(Policy::Sandbox),
-            "locked" if service.supported() && lockable => Ok(Policy::Locked),
+            "locked" if service.supported() && service != Service::SetVirtualAddressMap => Ok(Policy::Locked),
+            "deferred" if service == Service::SetVariable => Ok(Policy::Deferred),
             "sandbox" | "locked" | "deferred" | "native" | "relaunch" => {
                 Err(ConfigErrorKind::NotSupportedYet { key, value, expected })
             }
@@ -551,8 +552,8 @@ mod tests {
                 "configuration line 1: sandbox.budget-ms = \"-1\": expected a number of milliseconds",
             ),
             (
-                "service.SetVariable = deferred",
-                "configuration line 1: service.SetVariable = deferred: not supported yet; \
+                "service.SetTime = deferred",
+                "configuration line 1: service.SetTime = deferred: not supported yet; \
                  this version takes sandbox, locked or deny",
             ),
             (

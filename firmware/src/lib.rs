@@ -13,6 +13,7 @@ pub mod acpi;
 pub mod call;
 pub mod capsule;
 pub mod config;
+pub mod deferred;
 pub mod exposure;
 pub mod linux;
 pub mod measure;

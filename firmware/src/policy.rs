@@ -17,6 +17,8 @@ pub enum Policy {
     Sandbox,
     /// Refused until the guest's root asks to unlock, which a PCR shows before the first call gets through.
     Locked,
+    /// Of SetVariable: the guest sees its write at once, firmware gets it when the machine is reset.
+    Deferred,
     /// EFI_UNSUPPORTED, and the service's bit is clear in EFI_RT_PROPERTIES_TABLE. For single variables:
     /// EFI_SECURITY_VIOLATION.
     Deny,
@@ -28,6 +30,7 @@ impl Policy {
         match self {
             Self::Sandbox => "sandbox",
             Self::Locked => "locked",
+            Self::Deferred => "deferred",
             Self::Deny => "deny",
         }
     }
@@ -99,6 +102,12 @@ impl Policies {
             return whole;
         }
         self.rules.iter().find(|rule| rule.covers(service, guid, name)).map_or(whole, |rule| rule.policy)
+    }
+
+    /// Whether any write is deferred.
+    pub fn defer(&self) -> bool {
+        let rules = self.rules.iter().map(|rule| rule.policy);
+        self.services.iter().copied().chain(rules).any(|policy| policy == Policy::Deferred)
     }
 
     /// The mask for EFI_RT_PROPERTIES_TABLE: a bit for each service that is not denied.

@@ -12,6 +12,7 @@ use core::mem::offset_of;
 
 mod arguments;
 mod buffer;
+mod deferring;
 mod own;
 mod results;
 
@@ -86,6 +87,8 @@ pub enum Begin {
     Done(Answer),
     /// The firmware is to run; then [`Gate::end`] or [`Gate::end_without_firmware`].
     Run(Pending),
+    /// A write that waits until the machine is reset: see [`crate::deferred`] and [`Pending::lookup`].
+    Defer(Pending),
     /// The guest wants the machine reset; the MLE does that.
     Reset(ResetKind),
     /// Capsules are to be staged for the firmware: see [`crate::capsule`].
@@ -304,6 +307,7 @@ impl Gate {
         match decoded {
             Ok(Decoded::Run(results)) => match self.policy(service, buffer.variable(service)) {
                 Policy::Sandbox => Begin::Run(Pending { service, results }),
+                Policy::Deferred => Begin::Defer(Pending { service, results }),
                 Policy::Locked => Begin::Done(Answer::refused(Decision::LOCKED)),
                 Policy::Deny => Begin::Done(Answer::refused(Decision::DENIED)),
             },

@@ -469,6 +469,54 @@ fn single_variables_have_policies_of_their_own() {
 }
 
 #[test]
+fn what_waits_is_answered_as_firmware_would() {
+    use crate::deferred::{Base, Key, Overlay, Wanted};
+    let mut b = Bench::with(&Config::parse(b"service.SetVariable = deferred").unwrap());
+    let mut overlay = Box::new(Overlay::new_zeroed());
+    ready(&b, "Boot0001", 0);
+    b.put(DATA, b"hello");
+    let Begin::Defer(write) = b.begin(Service::SetVariable, [NAME, VENDOR_AT, 7, 5, DATA]) else { panic!() };
+    // What firmware has is asked with the guest's own question in its place.
+    let mut asked = Box::new(CallBuffer::new_zeroed());
+    asked.as_mut_bytes().copy_from_slice(b.buffer.as_bytes());
+    let lookup = Pending::lookup(&mut asked);
+    let rax = b.model.run(&lookup.call(SEEN_AT), &mut asked);
+    assert_eq!(Pending::base(rax, &asked), Ok(Base::Absent));
+    let (attributes, data) = write.write(&b.buffer).unwrap();
+    let status = overlay.set(b.buffer.key().unwrap(), attributes, data, Base::Absent);
+    assert_eq!(status, Status::SUCCESS);
+    // The guest reads it, with too small a buffer first.
+    for (room, status) in [(4, Status::BUFFER_TOO_SMALL), (8, Status::SUCCESS)] {
+        ready(&b, "Boot0001", room);
+        let Begin::Run(read) = b.begin(Service::GetVariable, variable_args()) else { panic!() };
+        let wanted = overlay.get(b.buffer.key().unwrap()).unwrap();
+        let rax = read.answer_variable(wanted, &mut b.buffer);
+        assert_eq!(b.gate.end(read, rax, &b.guest, &mut b.buffer).status, status);
+        assert_eq!(b.u64_at(SIZE), 5);
+    }
+    assert_eq!((b.get(DATA, 5), b.get(ATTR, 4)), (b"hello".to_vec(), vec![7, 0, 0, 0]));
+    // It is listed, if its name fits.
+    for (room, status) in [(4, Status::BUFFER_TOO_SMALL), (64, Status::SUCCESS)] {
+        ready(&b, "", room);
+        let Begin::Run(next) = b.begin(Service::GetNextVariableName, [SIZE, NAME, VENDOR_AT, 0, 0]) else {
+            panic!()
+        };
+        let first = overlay.next_new(None).unwrap();
+        let rax = next.answer_name(first, &mut b.buffer);
+        assert_eq!(b.gate.end(next, rax, &b.guest, &mut b.buffer).status, status);
+    }
+    assert_eq!(b.name_at(NAME, 18), "Boot0001");
+    // At the end firmware gets it.
+    let (key, wanted) = overlay.at(0).unwrap();
+    assert_eq!(wanted, Wanted::Content(b"hello"));
+    let commit = Pending::commit(key, wanted, &mut b.buffer);
+    assert_eq!(b.model.run(&commit.call(SEEN_AT), &mut b.buffer), 0);
+    let name: Vec<u8> = "Boot0001".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    assert_eq!(b.model.store[&(name, GLOBAL)], (7, b"hello".to_vec()));
+    assert_eq!(Key::new((&GLOBAL, &[1])), None);
+}
+
+#[test]
 fn times_are_checked_in_both_directions() {
     let mut b = Bench::new();
     b.put(TIME, &NOON);
@@ -644,7 +692,7 @@ proptest! {
                 prop_assert!(outcome.status.is_success() || outcome.status.is_error());
             }
             Begin::Done(answer) => prop_assert!(!answer.status.is_warning()),
-            Begin::Reset(_) | Begin::Unlock(_) | Begin::Capsules => {}
+            Begin::Reset(_) | Begin::Unlock(_) | Begin::Capsules | Begin::Defer(_) => {}
         }
     }
 
