@@ -259,6 +259,29 @@ pub fn pm_timer(mem: &impl PhysMem, tables: &Tables) -> Option<u16> {
     (port >= 0x400 && port.is_multiple_of(4) && !(0xcf8..0xd00).contains(&port)).then_some(port)
 }
 
+/// The ports by which the guest ends the machine, as the FADT has them: PM1 control (a, b), and the reset register with
+/// the value that resets.
+///
+/// Spec: \[ACPI\] "Fixed ACPI Description Table": PM1a_CNT_BLK, PM1b_CNT_BLK, RESET_REG, RESET_VALUE.
+pub fn end_ports(mem: &impl PhysMem, tables: &Tables) -> EndPorts {
+    const SYSTEM_IO: u8 = 1;
+    let fadt = tables.find(FADT);
+    let field = |offset| fadt.and_then(|t| fadt_field(mem, t, offset)).map(u32::from_le_bytes);
+    let port = |offset| field(offset).and_then(|n| u16::try_from(n).ok()).filter(|port| *port != 0);
+    let byte = |offset| fadt.and_then(|t| fadt_field::<1>(mem, t, offset)).map(|[b]| b);
+    let reset = port(120).zip(byte(128)).filter(|_| byte(116) == Some(SYSTEM_IO));
+    EndPorts { pm1_control: [port(64), port(68)], reset }
+}
+
+/// See [`end_ports`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EndPorts {
+    /// PM1 control registers.
+    pub pm1_control: [Option<u16>; 2],
+    /// The reset register's port, and what is written there.
+    pub reset: Option<(u16, u8)>,
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

@@ -125,6 +125,11 @@ impl Overlay {
         self.live().len()
     }
 
+    /// Forgets all of them: they are carried out.
+    pub fn clear(&mut self) {
+        self.count = 0;
+    }
+
     /// What `key` is to be, if it waits.
     pub fn get(&self, key: Key<'_>) -> Option<Wanted<'_>> {
         let (entry, _, data) =

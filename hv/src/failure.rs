@@ -32,6 +32,9 @@ pub enum Stage {
     Slb = 1,
     /// The MLE.
     Mle = 2,
+    /// Nobody gave up, but firmware did not take all writes that waited for a reset: the code is how many, the detail the
+    /// low half of the first EFI status.
+    Deferred = 3,
 }
 
 /// What is kept of a failed launch.
@@ -63,6 +66,7 @@ impl Record {
         let stage = match stage {
             1 => Stage::Slb,
             2 => Stage::Mle,
+            3 => Stage::Deferred,
             _ => return None,
         };
         Some(Self { stage, code: u16::from_le_bytes([c0, c1]), detail: u16::from_le_bytes([d0, d1]) })
@@ -97,6 +101,12 @@ impl fmt::Display for Record {
                 write!(f, "SLB stage, error {code}: {} (detail {detail:#06x})", error.text())
             }
             (Stage::Slb, None) => write!(f, "SLB stage, unknown error {code} (detail {detail:#06x})"),
+            (Stage::Deferred, _) => {
+                write!(
+                    f,
+                    "{code} deferred write(s) of variables, which firmware refused (EFI status {detail})"
+                )
+            }
             (Stage::Mle, _) => write!(f, "MLE, error {code} (detail {detail:#06x})"),
         }
     }

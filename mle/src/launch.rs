@@ -302,6 +302,9 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     if !cpu.ignores_a20_mask() {
         guest::ports::guard_a20(iopm, &ports);
     }
+    if config.policies.defer() {
+        guest::ends::guard(iopm, acpi::end_ports(&mem, &acpi));
+    }
     let maps_to = pool.mark();
     smi::set_guest_policy(config.guest_smi);
     let vm = VmTables {

@@ -12,6 +12,7 @@ use svm::vcpu::SvmVcpu;
 use crate::apic::{Command, ICR_HIGH, ICR_LOW, XAPIC_BASE, Xapic};
 use crate::cpu::{self, Cpu};
 use crate::guest::apic_window::{ApicWindow, View};
+use crate::guest::ends;
 use crate::guest::exits::{self, Next};
 use crate::guest::ports as guarded;
 use crate::metal::{PhysWindow, Ports, TscClock};
@@ -163,13 +164,19 @@ pub fn guest(
             },
             Next::Port { port, size, input: false, .. } => {
                 let (id, value) = (local.id(), vcpu.gprs().rax as u32);
+                if ends::is_end(port, size, value) {
+                    services::end_of_guest(cpu, ports);
+                }
                 guarded::write(&ports, port, size, value, |command| {
                     smi::of_guest(command, id, cpu, &ports, clock)
                 });
                 services::finish_port(vcpu, exit);
             }
             Next::Port { .. } => services::port_access(vcpu, exit, Some(ports)),
-            Next::Shutdown => fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}")),
+            Next::Shutdown => {
+                services::end_of_guest(cpu, ports);
+                fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}"))
+            }
             Next::Fatal(exit) => {
                 fatal::stop(format_args!("guest exit: {exit}; {}", cpu::describe(vcpu)));
             }

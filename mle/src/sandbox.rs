@@ -5,8 +5,9 @@
 
 use core::fmt;
 
-use firmware::call::Gate;
+use firmware::call::{CALL_BUFFER_SIZE, Gate};
 use firmware::config::{Config, OnDeath};
+use firmware::deferred::Overlay;
 use firmware::memmap::{MemoryMap, MemoryType, Region};
 use firmware::sandbox::Sandbox;
 use firmware::service::Service;
@@ -123,10 +124,12 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError>
         entries: Service::ALL.map(|s| tables.entry(s, map)),
         area: layout.sandbox,
         staging: layout.staging,
-        buffer: pool.object().ok_or(none("the call buffer", services::SANDBOX_SIZE))?,
+        buffer: pool.object().ok_or(none("the call buffer", CALL_BUFFER_SIZE as u64))?,
         fpu: FpuArea::new(pool).ok_or(none("FPU registers", PAGE_SIZE))?,
         return_to: input.return_to,
         space: input.space,
+        overlay: pool.object().ok_or(none("writes that wait", size_of::<Overlay>() as u64))?,
+        scratch: pool.object().ok_or(none("a call buffer", CALL_BUFFER_SIZE as u64))?,
         smi: SmiGate { core, runtime, policy: config.smm.clone() },
         pristine: Vec::new(),
         unlock_pcr: config.unlock_pcr,

@@ -11,12 +11,14 @@ use firmware::call::{
     Pending, ResetKind, Services as Unlocked, Status,
 };
 use firmware::capsule::{self, CapsuleError, StagedQuery, Staging};
+use firmware::deferred::{Base, Overlay, Wanted};
 use firmware::exposure::{self as log_format, Decision, Denied, Kind, Name, Record, Text, Variable};
 use firmware::sandbox::{Counters, NotReady, Reason, SMI_COMMAND, Sandbox, State, Verdict};
 use firmware::service::{COUNT, Service};
 use firmware::tables::{HYPERCALL_LENGTH, service_at};
 use heapless::{String, Vec};
 use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::failure::{Record as Failure, Stage};
 use hv::io::{Clock, PhysMem, PortIo};
 use hv::launch::PCR_EXPOSURE;
 use hv::radix::{Error, TablePool};
@@ -35,7 +37,7 @@ use crate::guest::walk::GuestView;
 use crate::memory::copy;
 use crate::metal::{Identity, Ports, TscClock};
 use crate::smi::{self, SmiGate};
-use crate::{paging, run};
+use crate::{measure, paging, run};
 
 /// Memory that the sandbox works in: page tables, GDT, stack, call buffer.
 pub const SANDBOX_SIZE: u64 = TABLES_SIZE + PAGE_SIZE + STACK_SIZE + CALL_BUFFER_SIZE as u64;
@@ -48,6 +50,9 @@ const STACK_SIZE: u64 = 32 * PAGE_SIZE;
 pub const STATUS_MAX: usize = 2048;
 /// Most ranges of firmware memory that a dead sandbox is made anew from.
 pub const PRISTINE_MAX: usize = 32;
+
+/// How long a call that firmware has ended may wait for its caller, in microseconds.
+const ABANDONED_US: u64 = 10_000_000;
 
 /// What a sandbox is made of.
 pub struct Parts {
@@ -75,6 +80,10 @@ pub struct Parts {
     pub mem: Identity,
     /// Time.
     pub clock: TscClock,
+    /// Writes that wait for the machine's reset.
+    pub overlay: &'static mut Overlay,
+    /// What firmware has of a variable that is written.
+    pub scratch: &'static mut CallBuffer,
     /// Software SMIs.
     pub smi: SmiGate,
     /// Memory as it was at launch, and where its copy is: what a dead sandbox is made anew from.
@@ -112,6 +121,8 @@ struct Call {
 enum Job {
     /// A call by the call buffer.
     Call(Pending),
+    /// The question what firmware has of a variable, before a write that waits.
+    Lookup { lookup: Pending, write: Pending },
     /// Capsules. The machine is to be reset if firmware takes them.
     Update { initiate_reset: bool },
     /// A question about capsules.
@@ -174,6 +185,22 @@ pub fn call(cpu: &mut Cpu, vcpu: &mut SvmVcpu<'_>, apic_id: u32, ports: Ports) -
             cpu.let_pending_in();
             Next::Resume
         }
+    }
+}
+
+/// The guest ends the machine in another way than by ResetSystem: what waited for that is carried out.
+pub fn end_of_guest(cpu: &mut Cpu, ports: Ports) {
+    let Some(services) = SERVICES.get() else { return };
+    loop {
+        if let Some(mut services) = services.try_lock() {
+            // A call of another CPU that is under way ends here: its firmware does not run on in the middle.
+            if let Some((call, Phase::Running(_))) = services.under_way.take() {
+                services.parts.state.kill(Reason::Abandoned { used_us: 0 });
+                services.revive(&call);
+            }
+            return services.end(cpu, ports);
+        }
+        cpu.let_pending_in();
     }
 }
 
@@ -258,7 +285,10 @@ impl Services {
                 Phase::Unlocking(services) => self.unlock(services),
                 Phase::Resetting(kind) => match exposure::flush(&self.parts.clock) {
                     Settled::Wait => Err(Phase::Resetting(kind)),
-                    Settled::Measured | Settled::Late => return Next::Reset(kind),
+                    Settled::Measured | Settled::Late => {
+                        self.end(cpu, ports);
+                        return Next::Reset(kind);
+                    }
                 },
             };
             match next {
@@ -282,8 +312,13 @@ impl Services {
                 self.died(&call, Reason::Abandoned { used_us });
                 self.parts.state.kill(Reason::Abandoned { used_us });
             }
-            // Only the measurement is left, and with the next call it is made.
-            None => {}
+            // Only the measurement is left. It does not take this long unless the caller is gone.
+            None => {
+                let since = exposure::now_us(&self.parts.clock).saturating_sub(call.since_us);
+                if since < ABANDONED_US {
+                    self.under_way = Some((call, phase));
+                }
+            }
         }
     }
 
@@ -297,7 +332,7 @@ impl Services {
         ports: Ports,
     ) -> Result<Phase, Phase> {
         cpu.swap_fpu(&mut self.parts.fpu);
-        let end = self.run(call, cpu, vcpu, ports);
+        let end = self.run(call, cpu, vcpu.takes_interrupts(), ports);
         cpu.swap_fpu(&mut self.parts.fpu);
         if end != End::Preempted {
             let parts = &self.parts;
@@ -307,8 +342,10 @@ impl Services {
             End::Preempted => Err(Phase::Running(job)),
             End::Returned => {
                 let rax = self.parts.vcpu.gprs().rax;
-                let record = self.record_of(call, Decision::SANDBOX, rax);
-                exposure::record(&record);
+                if let Job::Lookup { lookup, write } = job {
+                    return Ok(self.defer(call, Some((&lookup, rax)), &write));
+                }
+                exposure::record(&self.record_of(call, Decision::SANDBOX, rax));
                 Ok(Phase::Returned(job, rax))
             }
             End::Dead(reason) => {
@@ -327,12 +364,120 @@ impl Services {
         let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
         match job {
             Job::Call(pending) => parts.gate.end_without_firmware(pending, &view, parts.buffer).status,
-            Job::Update { .. } | Job::Query(_) => Status::DEVICE_ERROR,
+            Job::Lookup { .. } | Job::Update { .. } | Job::Query(_) => Status::DEVICE_ERROR,
+        }
+    }
+
+    /// Takes a write that waits. `found` is the lookup and its answer, if one had to be made.
+    fn defer(&mut self, call: &Call, found: Option<(&Pending, u64)>, write: &Pending) -> Phase {
+        let Parts { overlay, buffer, scratch, area, mem, .. } = &mut self.parts;
+        let base = match found {
+            Some((lookup, rax)) => {
+                copy_buffer(*area, scratch, mem, lookup, Direction::FromSandbox);
+                Pending::base(rax, scratch)
+            }
+            None => Ok(Base::Absent),
+        };
+        let status = match (buffer.key(), write.write(buffer), base) {
+            (Some(key), Some((attributes, data)), Ok(base)) => overlay.set(key, attributes, data, base),
+            (_, _, Err(status)) => status,
+            _ => Status::INVALID_PARAMETER,
+        };
+        exposure::record(&self.record_of(call, Decision::DEFERRED, status.0 as u64));
+        Phase::Answered(status)
+    }
+
+    /// What the overlay answers in firmware's place, as firmware's RAX. `asked`: the answer of firmware to the call, if it
+    /// was asked.
+    fn overlaid(&mut self, pending: &Pending, asked: Option<u64>) -> Option<u64> {
+        let Parts { overlay, buffer, .. } = &mut self.parts;
+        if overlay.count() == 0 {
+            return None;
+        }
+        match (pending.service(), asked) {
+            (Service::GetVariable, None) => {
+                let wanted = overlay.get(buffer.key()?)?;
+                Some(pending.answer_variable(wanted, buffer))
+            }
+            // The guest asks for the one after a variable that firmware does not know.
+            (Service::GetNextVariableName, None) => {
+                let key = buffer.key().filter(|key| overlay.is_new(*key))?;
+                Some(match overlay.next_new(Some(key)) {
+                    Some(next) => pending.answer_name(next, buffer),
+                    None => Status::NOT_FOUND.0 as u64,
+                })
+            }
+            // After firmware's last variable come those that wait.
+            (Service::GetNextVariableName, Some(rax)) if rax == Status::NOT_FOUND.0 as u64 => {
+                Some(pending.answer_name(overlay.next_new(None)?, buffer))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether firmware's answer to a GetNextVariableName is a variable that is to be gone.
+    fn is_hidden(&self, pending: &Pending, rax: u64) -> bool {
+        let Parts { overlay, buffer, .. } = &self.parts;
+        pending.service() == Service::GetNextVariableName
+            && rax == Status::SUCCESS.0 as u64
+            && buffer.key().and_then(|key| overlay.get(key)) == Some(Wanted::Deleted)
+    }
+
+    /// The guest is at its end: caps the dynamic PCRs, and then carries out what waited for it.
+    fn end(&mut self, cpu: &mut Cpu, ports: Ports) {
+        if self.parts.overlay.count() != 0 {
+            measure::cap();
+            self.commit(cpu, ports);
+        }
+    }
+
+    /// Has firmware carry out all writes that waited. The guest does not run any more on this CPU, and the dynamic PCRs
+    /// are capped: what firmware does now is no part of the launched system. How many firmware did not take, and its first
+    /// answer, are shown on the next boot.
+    fn commit(&mut self, cpu: &mut Cpu, ports: Ports) {
+        let mut failed = 0u16;
+        let mut first = 0;
+        for index in 0..self.parts.overlay.count() {
+            let Parts { overlay, buffer, .. } = &mut self.parts;
+            let Some((key, wanted)) = overlay.at(index) else { break };
+            let pending = Pending::commit(key, wanted, buffer);
+            let call = self.new_call(Service::SetVariable, 0);
+            self.hand_over(&pending);
+            let registers = pending.call(buffer_at(self.parts.area));
+            let mut status = Status::DEVICE_ERROR.0 as u64;
+            if self.enter(&call, &registers).is_ok() {
+                let mut end = End::Preempted;
+                while end == End::Preempted {
+                    end = self.run(&call, cpu, false, ports);
+                }
+                if end == End::Returned {
+                    status = self.parts.vcpu.gprs().rax;
+                }
+            }
+            if status != Status::SUCCESS.0 as u64 {
+                failed = failed.saturating_add(1);
+                first = if first == 0 { status } else { first };
+            }
+        }
+        self.parts.overlay.clear();
+        if failed != 0 {
+            Failure { stage: Stage::Deferred, code: failed, detail: first as u16 }.save(&ports);
         }
     }
 
     /// Checks firmware's results and copies them to the guest.
-    fn give(&mut self, call: &Call, job: Job, rax: u64, vcpu: &SvmVcpu<'_>) -> Phase {
+    fn give(&mut self, call: &Call, job: Job, mut rax: u64, vcpu: &SvmVcpu<'_>) -> Phase {
+        if let Job::Call(pending) = &job {
+            let parts = &mut self.parts;
+            copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::FromSandbox);
+            if self.is_hidden(pending, rax) {
+                pending.ask_on(self.parts.buffer);
+                self.hand_over(pending);
+                let registers = pending.call(buffer_at(self.parts.area));
+                return self.enter_or_end(call, job, &registers, vcpu);
+            }
+            rax = self.overlaid(pending, Some(rax)).unwrap_or(rax);
+        }
         let parts = &mut self.parts;
         let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
         let strange = |anomaly: &dyn fmt::Display| {
@@ -341,10 +486,11 @@ impl Services {
         };
         let (status, text) = match job {
             Job::Call(pending) => {
-                copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::FromSandbox);
                 let outcome = parts.gate.end(pending, rax, &view, parts.buffer);
                 (outcome.status, outcome.anomaly.and_then(|anomaly| strange(&anomaly)))
             }
+            // Its answer was the MLE's.
+            Job::Lookup { .. } => (Status::DEVICE_ERROR, None),
             Job::Update { initiate_reset } => match firmware::call::status(rax) {
                 Ok(Status::SUCCESS) if initiate_reset => return reset(call, ResetKind::Warm, &parts.clock),
                 Ok(status) => (status, None),
@@ -461,13 +607,9 @@ impl Services {
             guid: firmware::call::Guid::from_bytes(*guid),
             name: Name::new(name),
         });
-        let call = Call {
-            service,
-            owner: apic_id,
-            since_us: exposure::now_us(&parts.clock),
-            before: *parts.state.counters(),
-            variable,
-        };
+        let call = Call { variable, ..self.new_call(service, apic_id) };
+        let parts = &mut self.parts;
+        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
         let phase = match begun {
             // The MLE's own answers are no exposure.
             Begin::Done(Answer { status, decision: Decision::OWN }) => {
@@ -508,13 +650,49 @@ impl Services {
                     }
                 }
             }
-            Begin::Run(pending) => {
-                copy_buffer(parts.area, parts.buffer, &parts.mem, &pending, Direction::ToSandbox);
-                let registers = pending.call(buffer_at(parts.area));
-                self.enter_or_end(&call, Job::Call(pending), &registers, vcpu)
+            Begin::Defer(write) => {
+                let key = parts.buffer.key();
+                if key.is_some_and(|key| parts.overlay.get(key).is_some()) {
+                    self.defer(&call, None, &write)
+                } else {
+                    // Firmware gets the variable's name and not its new content, which stays in the MLE's buffer.
+                    let Parts { scratch, buffer, .. } = parts;
+                    scratch.zero();
+                    scratch.copy_name_of(buffer);
+                    let lookup = Pending::lookup(scratch);
+                    copy_buffer(parts.area, parts.scratch, &parts.mem, &lookup, Direction::ToSandbox);
+                    let registers = lookup.call(buffer_at(parts.area));
+                    self.enter_or_end(&call, Job::Lookup { lookup, write }, &registers, vcpu)
+                }
             }
+            Begin::Run(pending) => match self.overlaid(&pending, None) {
+                Some(rax) => {
+                    let parts = &mut self.parts;
+                    let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+                    // Firmware had no part in it: no exposure.
+                    finish(vcpu, parts.gate.end(pending, rax, &view, parts.buffer).status);
+                    return None;
+                }
+                None => {
+                    self.hand_over(&pending);
+                    let registers = pending.call(buffer_at(self.parts.area));
+                    self.enter_or_end(&call, Job::Call(pending), &registers, vcpu)
+                }
+            },
         };
         Some((call, phase))
+    }
+
+    /// A call that begins now.
+    fn new_call(&self, service: Service, owner: u32) -> Call {
+        let since_us = exposure::now_us(&self.parts.clock);
+        Call { service, owner, since_us, before: *self.parts.state.counters(), variable: None }
+    }
+
+    /// Gives the sandbox what a call uses of the MLE's call buffer.
+    fn hand_over(&mut self, pending: &Pending) {
+        let parts = &mut self.parts;
+        copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::ToSandbox);
     }
 
     /// Prepares the sandbox for a call, or ends it when there is none.
@@ -531,7 +709,7 @@ impl Services {
     fn enter(&mut self, call: &Call, registers: &FirmwareCall) -> Result<(), NotReady> {
         self.revive(call);
         let parts = &mut self.parts;
-        let Some(entry) = parts.entries.get(call.service.index()).copied().flatten() else {
+        let Some(entry) = parts.entries.get(registers.service.index()).copied().flatten() else {
             parts.state.kill(Reason::NoEntry);
             self.died(call, Reason::NoEntry);
             return Err(NotReady::Dead(Reason::NoEntry));
@@ -571,10 +749,10 @@ impl Services {
     }
 
     /// Runs the sandbox until the call ends or has to wait.
-    fn run(&mut self, call: &Call, cpu: &mut Cpu, guest: &SvmVcpu<'_>, ports: Ports) -> End {
+    fn run(&mut self, call: &Call, cpu: &mut Cpu, interruptible: bool, ports: Ports) -> End {
         let parts = &mut self.parts;
         loop {
-            let exit = cpu.run_interruptible(&mut parts.vcpu, guest.takes_interrupts());
+            let exit = cpu.run_interruptible(&mut parts.vcpu, interruptible);
             let at_return =
                 matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
             let judged = if at_return { Exit::Hypercall } else { exit };

@@ -2,7 +2,7 @@
 //! its own sake.
 
 use uefi_raw::Status;
-use zerocopy::FromZeros;
+use zerocopy::{FromZeros, IntoBytes};
 
 use super::buffer::{CallBuffer, DATA_MAX, NAME_MAX, Slots};
 use super::{Pending, Results};
@@ -18,6 +18,16 @@ impl CallBuffer {
     /// The variable that the buffer names, of a call or of an answer of GetNextVariableName.
     pub fn key(&self) -> Option<Key<'_>> {
         Key::new((&self.slots.guid, &self.name))
+    }
+
+    /// Forgets all that it holds.
+    pub fn zero(&mut self) {
+        self.as_mut_bytes().fill(0);
+    }
+
+    /// Takes vendor and name from another buffer.
+    pub fn copy_name_of(&mut self, other: &Self) {
+        (self.slots.guid, self.name) = (other.slots.guid, other.name);
     }
 
     fn set_key(&mut self, key: Key<'_>) {

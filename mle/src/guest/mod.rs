@@ -2,6 +2,7 @@
 
 pub mod apic_window;
 pub mod cpuid;
+pub mod ends;
 pub mod exits;
 pub mod msr;
 pub mod ports;
