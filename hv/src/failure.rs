@@ -30,7 +30,7 @@ const MAGIC: [u8; 2] = *b"Cn";
 pub enum Stage {
     /// The SLB stage; the code is an [`SlbError`].
     Slb = 1,
-    /// The MLE.
+    /// The MLE; the code is an [`MleError`].
     Mle = 2,
     /// Nobody gave up, but firmware did not take all writes that waited for a reset: the code is how many, the detail the
     /// low half of the first EFI status.
@@ -96,18 +96,19 @@ impl Record {
 impl fmt::Display for Record {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { stage, code, detail } = *self;
-        match (stage, SlbError::from_code(code)) {
-            (Stage::Slb, Some(error)) => {
-                write!(f, "SLB stage, error {code}: {} (detail {detail:#06x})", error.text())
-            }
-            (Stage::Slb, None) => write!(f, "SLB stage, unknown error {code} (detail {detail:#06x})"),
-            (Stage::Deferred, _) => {
-                write!(
+        let (who, text) = match stage {
+            Stage::Slb => ("SLB stage", SlbError::from_code(code).map(SlbError::text)),
+            Stage::Mle => ("MLE", MleError::from_code(code).map(MleError::text)),
+            Stage::Deferred => {
+                return write!(
                     f,
-                    "{code} deferred write(s) of variables, which firmware refused (EFI status {detail})"
-                )
+                    "firmware refused {code} deferred write(s) of variables, EFI status {detail}"
+                );
             }
-            (Stage::Mle, _) => write!(f, "MLE, error {code} (detail {detail:#06x})"),
+        };
+        match text {
+            Some(text) => write!(f, "{who}, error {code}: {text} (detail {detail:#06x})"),
+            None => write!(f, "{who}, unknown error {code} (detail {detail:#06x})"),
         }
     }
 }
@@ -123,17 +124,16 @@ fn put(ports: &impl PortIo, bytes: [u8; LEN]) {
     }
 }
 
-macro_rules! slb_errors {
-    ($($(#[$doc:meta])* $name:ident = $code:literal, $text:literal;)*) => {
-        /// Why the SLB stage gave up. Append, never renumber: the numbers are in `docs/slb-errors.md` and
-        /// in people's notes.
+macro_rules! errors {
+    ($(#[$doc:meta])* $of:ident: $($name:ident = $code:literal, $text:literal;)*) => {
+        $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         #[repr(u16)]
-        pub enum SlbError {
+        pub enum $of {
             $(#[doc = $text] $name = $code,)*
         }
 
-        impl SlbError {
+        impl $of {
             /// All of them.
             pub const ALL: &'static [Self] = &[$(Self::$name),*];
 
@@ -141,11 +141,29 @@ macro_rules! slb_errors {
             pub const fn text(self) -> &'static str {
                 match self { $(Self::$name => $text),* }
             }
+
+            /// The error with this number.
+            pub fn from_code(code: u16) -> Option<Self> {
+                Self::ALL.iter().copied().find(|e| *e as u16 == code)
+            }
         }
     };
 }
 
-slb_errors! {
+errors! {
+    /// Why the MLE gave up. Append, never renumber.
+    MleError:
+    Launch = 1, "the launch could not go on; the reason is on the serial line alone";
+    Exception = 2, "CPU exception in the MLE; detail: vector";
+    Panic = 3, "a check of the program itself failed";
+    GuestExit = 4, "the guest's CPU stopped for a cause that nobody asked for";
+    Damage = 5, "SMM changed memory of the MLE; detail: low half of the page's number";
+    Cpu = 6, "a processor came up that was not expected; detail: its number";
+}
+
+errors! {
+    /// Why the SLB stage gave up. Append, never renumber: the numbers are in `docs/slb-errors.md` and in people's notes.
+    SlbError:
     Exception = 1, "CPU exception; detail: offset of the instruction in the SLB";
     Panic = 2, "a check of the program itself failed";
     SlbBase = 3, "the SLB is not at a 64 KiB boundary in RAM between 1 MiB and 4 GiB; detail: base / 64 KiB";
@@ -169,13 +187,6 @@ slb_errors! {
     NotLaunched = 21, "PCR 17 does not hold the measurement of this SLB: no SKINIT, or CPUs were not parked; detail: hash algorithm, 0 when none is known";
     Unreadable = 22, "memory to be read is not RAM; detail: address / 64 KiB";
     Extend = 23, "a PCR could not be extended; detail: number of the TPM error";
-}
-
-impl SlbError {
-    /// The error with this number.
-    pub fn from_code(code: u16) -> Option<Self> {
-        Self::ALL.iter().copied().find(|error| *error as u16 == code)
-    }
 }
 
 #[cfg(test)]
@@ -229,11 +240,14 @@ mod tests {
     #[test]
     fn numbers_are_unique_and_listed_in_the_document() {
         let document = include_str!("../../docs/slb-errors.md");
-        for error in SlbError::ALL {
-            assert_eq!(SlbError::from_code(*error as u16), Some(*error));
-            let row = format!("| {} | {} |", *error as u16, error.text());
+        let slb = SlbError::ALL.iter().map(|e| (*e as u16, e.text()));
+        let mle = MleError::ALL.iter().map(|e| (*e as u16, e.text()));
+        for (code, text) in slb.chain(mle) {
+            let row = format!("| {code} | {text} |");
             assert!(document.contains(&row), "docs/slb-errors.md lacks: {row}");
         }
+        assert!(SlbError::ALL.iter().all(|e| SlbError::from_code(*e as u16) == Some(*e)));
+        assert!(MleError::ALL.iter().all(|e| MleError::from_code(*e as u16) == Some(*e)));
     }
 
     proptest! {

@@ -6,17 +6,21 @@
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use hv::failure::{MleError, Record, Stage};
+
 use crate::metal::{Ports, Serial};
 use crate::trap::Frame;
 
 /// A second failure while the first is being handled resets at once.
 static STOPPING: AtomicBool = AtomicBool::new(false);
 
-/// Ends the launch: logs `why`, caps PCR 17 to 19 and 22 so that nothing later can claim to be this launch, resets.
-pub fn stop(why: fmt::Arguments<'_>) -> ! {
+/// Ends the launch: keeps `error` and its detail for the next boot, logs `why`, caps PCR 17 to 19 and 22 so that nothing later can claim to be this launch, resets.
+pub fn stop(error: MleError, detail: u16, why: fmt::Arguments<'_>) -> ! {
     // SAFETY: only images call this, at CPL 0; whoever used the ports is not coming back.
     let ports = unsafe { Ports::new() };
     if !STOPPING.swap(true, Ordering::AcqRel) {
+        // First, because what follows talks to devices that may be the reason.
+        Record { stage: Stage::Mle, code: error as u16, detail }.save(&ports);
         let _ = writeln!(Serial(ports), "cordon: FATAL: {why}");
         crate::measure::cap();
     }
@@ -37,10 +41,11 @@ pub fn exception(frame: &Frame) -> ! {
     let cr2: u64;
     // SAFETY: reads a register.
     unsafe { core::arch::asm!("mov {}, cr2", out(reg) cr2, options(nomem, nostack)) };
-    stop(format_args!(
+    let why = format_args!(
         "exception {} error {:#x} at rip {:#x}, rsp {:#x}, rflags {:#x}, cr2 {:#x}",
         frame.vector, frame.error, frame.rip, frame.rsp, frame.rflags, cr2
-    ))
+    );
+    stop(MleError::Exception, frame.vector as u16, why)
 }
 
 /// Resets the machine: by the ports that do so, or else by a triple fault.

@@ -15,6 +15,7 @@ use firmware::memmap::{MapError, MemoryMap};
 use firmware::smm::facts::Facts;
 use firmware::tables::{FirmwareTables, TablesError};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
+use hv::failure::MleError;
 use hv::io::PhysMem;
 use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, SlbHeader, event};
 use hv::radix::{self, AMD_VI, NPT, PageSize, Tables};
@@ -164,7 +165,7 @@ pub unsafe fn start(handoff: &Handoff, image: Image) -> ! {
     let mut config = [0; inputs::MAX_CONFIG as usize];
     match launch(handoff, image, &mut config) {
         Ok(never) => match never {},
-        Err(error) => fatal::stop(format_args!("launch: {error}")),
+        Err(error) => fatal::stop(MleError::Launch, 0, format_args!("launch: {error}")),
     }
 }
 

@@ -4,6 +4,7 @@ use core::fmt::Write;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use firmware::exposure::{self as log_format, Decision, Kind, Record};
+use hv::failure::MleError;
 use hv::io::{Clock, Mmio};
 use hv::vcpu::{Access, Exit, Vcpu};
 use spin::Mutex;
@@ -178,7 +179,8 @@ pub fn guest(
                 fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}"))
             }
             Next::Fatal(exit) => {
-                fatal::stop(format_args!("guest exit: {exit}; {}", cpu::describe(vcpu)));
+                let why = format_args!("guest exit: {exit}; {}", cpu::describe(vcpu));
+                fatal::stop(MleError::GuestExit, 0, why);
             }
         }
         // What waits for the guest's own use of the TPM is tried again at the next exit.

@@ -12,7 +12,8 @@ use firmware::smm::check::{GuardError, Guarded};
 use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
 use firmware::smm::facts::{self, Facts};
 use heapless::Vec;
-use hv::addr::PhysRange;
+use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::failure::MleError;
 use hv::io::PortIo;
 use iommu::pci::Function;
 use log::warn;
@@ -96,7 +97,8 @@ fn look_for_damage(id: u32, clock: &TscClock) {
     let record = Record::new(Kind::REGION_CHANGED, id, exposure::now_us(clock));
     exposure::record(&Record { text: Some(Text::new(damage)), ..record });
     exposure::flush(clock);
-    fatal::stop(format_args!("after an SMI: {damage}"))
+    let page = damage.range.start() / PAGE_SIZE;
+    fatal::stop(MleError::Damage, page as u16, format_args!("after an SMI: {damage}"))
 }
 
 /// What became of an SMI that firmware asked for.

@@ -13,6 +13,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use heapless::Vec;
 use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::failure::MleError;
 use hv::io::poll_until;
 use spin::Mutex;
 use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
@@ -286,7 +287,7 @@ pub fn start(
 extern "sysv64" fn entry(index: u32) -> ! {
     let setup = SETUPS.lock().pop();
     let Some(Setup { memory, vm, mut window, clock, smep }) = setup else {
-        fatal::stop(format_args!("AP {index} has no set-up"))
+        fatal::stop(MleError::Cpu, index as u16, format_args!("AP {index} has no set-up"))
     };
     // SAFETY: this CPU came from the start-up code with GIF clear (after SKINIT) or interrupts off, once.
     let (mut cpu, vmcb) = unsafe { Cpu::load(memory, false) };
@@ -296,7 +297,9 @@ extern "sysv64" fn entry(index: u32) -> ! {
     // SAFETY: the APIC page is mapped uncached.
     let local = Xapic(unsafe { PhysWindow::new(apic::XAPIC_BASE, PAGE_SIZE as u32) });
     let slot = usize::try_from(index).ok().and_then(|i| SLOTS.get(i.checked_add(1)?));
-    let Some(slot) = slot else { fatal::stop(format_args!("AP {index} is one too many")) };
+    let Some(slot) = slot else {
+        fatal::stop(MleError::Cpu, index as u16, format_args!("AP {index} is one too many"))
+    };
     slot.apic_id.store(local.id(), Ordering::Relaxed);
     slot.state.store(State::Parked as u32, Ordering::Release);
     local.enable();

@@ -89,5 +89,5 @@ extern "sysv64" fn main(handoff: *const Handoff) -> ! {
 
 #[panic_handler]
 fn panic(info: &PanicInfo) -> ! {
-    mle::fatal::stop(format_args!("panic: {info}"))
+    mle::fatal::stop(hv::failure::MleError::Panic, 0, format_args!("panic: {info}"))
 }
