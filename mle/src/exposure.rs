@@ -66,7 +66,10 @@ pub fn begin(tpm: Tpm<PhysWindow, TscClock>, degraded: bool) -> Result<(), tpm::
 
 /// Keeps a record.
 pub fn record(record: &Record) {
-    let look = match LOG.lock().record(record) {
+    let mut log = LOG.lock();
+    let look = match log.record(record) {
+        // Due at once, or because there are so many.
+        _ if log.due(record.time_us) => 0,
         Urgency::AtOnce => 0,
         Urgency::Batch { deadline_us } => deadline_us,
     };

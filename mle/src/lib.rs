@@ -28,3 +28,4 @@ pub mod slb;
 pub mod smi;
 pub mod smp;
 pub mod trap;
+pub mod watch;

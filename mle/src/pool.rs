@@ -11,6 +11,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::radix::{ENTRIES, TablePool};
 
+/// Address bits of an entry.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
 /// The free part of the MLE region, handed out from its start.
 pub struct PagePool {
     next: u64,
@@ -69,7 +72,6 @@ impl PagePool {
     /// A second root that shares all of `tables` but its own path to the 4 KiB page at `addr`, which must not lie in a
     /// larger page. Gives the root and the entry of that page. `tables` must not change any more.
     pub fn own_path(&mut self, root: u64, levels: u32, addr: u64) -> Option<(u64, &'static AtomicU64)> {
-        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
         let mut from = root;
         let new_root = self.copy_table(root)?;
         let mut table = new_root;
@@ -84,6 +86,26 @@ impl PagePool {
         }
         let index = usize::try_from(addr >> 12 & 511).ok()?;
         Some((new_root, slot(table, index)?))
+    }
+
+    /// The entry that maps `addr` in the tables at `root`, and the bytes that it maps; `None` when nothing does.
+    pub fn leaf(&self, root: u64, levels: u32, addr: u64) -> Option<(&'static AtomicU64, u64)> {
+        const PRESENT: u64 = 1;
+        const LARGE: u64 = 1 << 7;
+        let mut table = root;
+        for level in (1..=levels).rev() {
+            let shift = level.checked_mul(9)?.checked_add(3)?;
+            let index = usize::try_from(addr.checked_shr(shift)? & 511).ok()?;
+            let entry = self.read(table, index);
+            if entry & PRESENT == 0 {
+                return None;
+            }
+            if level == 1 || entry & LARGE != 0 {
+                return Some((slot(table, index)?, 1u64.checked_shl(shift)?));
+            }
+            table = entry & ADDRESS;
+        }
+        None
     }
 
     fn copy_table(&mut self, from: u64) -> Option<u64> {

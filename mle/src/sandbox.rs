@@ -18,6 +18,7 @@ use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::radix::{self, NPT, PageSize, Tables};
 use hv::space::{AddressSpace, View};
 use log::{info, warn};
+use spin::Mutex;
 use svm::maps::{Iopm, Msrpm};
 use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 
@@ -28,6 +29,10 @@ use crate::metal::{Identity, TscClock};
 use crate::pool::PagePool;
 use crate::services::{self, PRISTINE_MAX, Parts, STATUS_MAX};
 use crate::smi::SmiGate;
+use crate::watch::Watch;
+
+/// Its code, watched for changes.
+static WATCH: Mutex<Watch> = Mutex::new(Watch::EMPTY);
 
 /// Why there is no sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +135,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError>
         space: input.space,
         overlay: pool.object().ok_or(none("writes that wait", size_of::<Overlay>() as u64))?,
         scratch: pool.object().ok_or(none("a call buffer", CALL_BUFFER_SIZE as u64))?,
+        watch: &WATCH,
         smi: SmiGate { core, runtime, policy: config.smm.clone() },
         pristine: Vec::new(),
         unlock_pcr: config.unlock_pcr,
@@ -151,6 +157,12 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError>
             room.map_err(|_| SandboxError::Regions { limit: PRISTINE_MAX })?;
         }
     }
+    let mut watch = WATCH.lock();
+    watch.begin(map, &nested, pool, &mem);
+    if watch.unwatched != 0 {
+        warn!("{} bytes of runtime code are not watched for changes", watch.unwatched);
+    }
+    drop(watch);
     services::open(parts, root);
     Ok(())
 }

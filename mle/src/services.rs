@@ -37,6 +37,7 @@ use crate::guest::walk::GuestView;
 use crate::memory::copy;
 use crate::metal::{Identity, Ports, TscClock};
 use crate::smi::{self, SmiGate};
+use crate::watch::Watch;
 use crate::{measure, paging, run};
 
 /// Memory that the sandbox works in: page tables, GDT, stack, call buffer.
@@ -84,6 +85,8 @@ pub struct Parts {
     pub overlay: &'static mut Overlay,
     /// What firmware has of a variable that is written.
     pub scratch: &'static mut CallBuffer,
+    /// Firmware's code, and whether it changes.
+    pub watch: &'static Mutex<Watch>,
     /// Software SMIs.
     pub smi: SmiGate,
     /// Memory as it was at launch, and where its copy is: what a dead sandbox is made anew from.
@@ -755,10 +758,23 @@ impl Services {
             let exit = cpu.run_interruptible(&mut parts.vcpu, interruptible);
             let at_return =
                 matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
-            let judged = if at_return { Exit::Hypercall } else { exit };
+            let answered = match exit {
+                Exit::Memory { gpa, access, .. } => {
+                    let by = (call.owner, call.service);
+                    parts.watch.lock().fault(gpa, access, &parts.mem, by, &parts.clock)
+                }
+                _ => false,
+            };
+            let judged = match exit {
+                _ if at_return => Exit::Hypercall,
+                // It counts for the budgets, as all exits do.
+                _ if answered => Exit::Interrupt,
+                exit => exit,
+            };
             let al = parts.vcpu.gprs().rax as u8;
             match parts.state.exit(&judged, at_return, al, parts.clock.now_us()) {
                 Verdict::Resume => match exit {
+                    _ if answered => parts.vcpu.flush_nested(),
                     Exit::Interrupt => return End::Preempted,
                     _ => {
                         parts.smi.withdraw_unasked(&parts.mem, call.service, call.owner, &parts.clock);
