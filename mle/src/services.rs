@@ -353,21 +353,11 @@ impl Services {
             }
             End::Dead(reason) => {
                 self.died(call, reason);
-                let status = self.end_without_firmware(job, vcpu);
+                let status = Status::DEVICE_ERROR;
                 let record = self.record_of(call, Decision::SANDBOX, status.0 as u64);
                 exposure::record(&record);
                 Ok(Phase::Answered(status))
             }
-        }
-    }
-
-    /// Ends a call that firmware does not carry out, or did not end.
-    fn end_without_firmware(&mut self, job: Job, vcpu: &SvmVcpu<'_>) -> Status {
-        let parts = &mut self.parts;
-        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
-        match job {
-            Job::Call(pending) => parts.gate.end_without_firmware(pending, &view, parts.buffer).status,
-            Job::Lookup { .. } | Job::Update { .. } | Job::Query(_) => Status::DEVICE_ERROR,
         }
     }
 
@@ -477,7 +467,7 @@ impl Services {
                 pending.ask_on(self.parts.buffer);
                 self.hand_over(pending);
                 let registers = pending.call(buffer_at(self.parts.area));
-                return self.enter_or_end(call, job, &registers, vcpu);
+                return self.enter_or_end(call, job, &registers);
             }
             rax = self.overlaid(pending, Some(rax)).unwrap_or(rax);
         }
@@ -643,7 +633,7 @@ impl Services {
                     }
                 });
                 match staged {
-                    Ok((job, registers)) => self.enter_or_end(&call, job, &registers, vcpu),
+                    Ok((job, registers)) => self.enter_or_end(&call, job, &registers),
                     Err(error) => {
                         warn!("capsules of the guest: {error}");
                         let status = error.status();
@@ -665,7 +655,7 @@ impl Services {
                     let lookup = Pending::lookup(scratch);
                     copy_buffer(parts.area, parts.scratch, &parts.mem, &lookup, Direction::ToSandbox);
                     let registers = lookup.call(buffer_at(parts.area));
-                    self.enter_or_end(&call, Job::Lookup { lookup, write }, &registers, vcpu)
+                    self.enter_or_end(&call, Job::Lookup { lookup, write }, &registers)
                 }
             }
             Begin::Run(pending) => match self.overlaid(&pending, None) {
@@ -679,7 +669,7 @@ impl Services {
                 None => {
                     self.hand_over(&pending);
                     let registers = pending.call(buffer_at(self.parts.area));
-                    self.enter_or_end(&call, Job::Call(pending), &registers, vcpu)
+                    self.enter_or_end(&call, Job::Call(pending), &registers)
                 }
             },
         };
@@ -699,11 +689,11 @@ impl Services {
     }
 
     /// Prepares the sandbox for a call, or ends it when there is none.
-    fn enter_or_end(&mut self, call: &Call, job: Job, registers: &FirmwareCall, vcpu: &SvmVcpu<'_>) -> Phase {
+    fn enter_or_end(&mut self, call: &Call, job: Job, registers: &FirmwareCall) -> Phase {
         if self.enter(call, registers).is_ok() {
             return Phase::Running(job);
         }
-        let status = self.end_without_firmware(job, vcpu);
+        let status = Status::DEVICE_ERROR;
         exposure::record(&self.record_of(call, Decision::NONE, status.0 as u64));
         Phase::Answered(status)
     }

@@ -150,14 +150,23 @@ pub(super) fn next_name(
     copy_in(mem, guid, &mut buffer.slots.guid)?;
     buffer.slots.size = size as u64;
     let results = Results::NextName { size_at, name, guid, size };
-    if buffer.slots.guid != VENDOR.to_bytes() {
-        return Ok(Decoded::Run(results));
+    // Cordon's own come first: whatever firmware answers afterwards hides none of them.
+    let next = match buffer.name.get(..used).unwrap_or_default() {
+        [0, 0] => Some(OwnVariable::FIRST),
+        name if buffer.slots.guid == VENDOR.to_bytes() => {
+            OwnVariable::by_name(name).ok_or(Status::INVALID_PARAMETER)?.after()
+        }
+        _ => return Ok(Decoded::Run(results)),
+    };
+    match next {
+        Some(next) => give_own_name(next, &results, mem, buffer)
+            .map(|outcome| Decoded::Done(outcome.status))
+            .map_err(|_| Status::INVALID_PARAMETER),
+        None => {
+            (buffer.name, buffer.slots.guid) = ([0; NAME_MAX], [0; 16]);
+            Ok(Decoded::Run(results))
+        }
     }
-    let which = buffer.name.get(..used).and_then(OwnVariable::by_name).ok_or(Status::INVALID_PARAMETER)?;
-    let next = which.after().ok_or(Status::NOT_FOUND)?;
-    give_own_name(next, &results, mem, buffer)
-        .map(|outcome| Decoded::Done(outcome.status))
-        .map_err(|_| Status::INVALID_PARAMETER)
 }
 
 pub(super) fn set_variable(

@@ -85,7 +85,7 @@ impl FirmwareCall {
 pub enum Begin {
     /// It is answered.
     Done(Answer),
-    /// The firmware is to run; then [`Gate::end`] or [`Gate::end_without_firmware`].
+    /// The firmware is to run; then [`Gate::end`], if it returns.
     Run(Pending),
     /// A write that waits until the machine is reset: see [`crate::deferred`] and [`Pending::lookup`].
     Defer(Pending),
@@ -332,22 +332,6 @@ impl Gate {
             Err(Fault::Guest) => Outcome::of(Status::INVALID_PARAMETER),
             Err(Fault::Firmware(anomaly)) => Outcome { status: Status::DEVICE_ERROR, anomaly: Some(anomaly) },
         }
-    }
-
-    /// Ends a call whose firmware did not return: the sandbox is dead. Cordon's own variables are still
-    /// listed and readable.
-    pub fn end_without_firmware(
-        &self,
-        pending: Pending,
-        mem: &impl GuestMem,
-        buffer: &mut CallBuffer,
-    ) -> Outcome {
-        if matches!(pending.results, Results::NextName { .. })
-            && let Ok(outcome) = give(&pending, Status::NOT_FOUND, mem, buffer)
-        {
-            return outcome;
-        }
-        Outcome::of(Status::DEVICE_ERROR)
     }
 
     /// Our regions must be mapped. Nothing else is done: the tables keep physical addresses, which every

@@ -21,6 +21,9 @@ pub enum OwnVariable {
 }
 
 impl OwnVariable {
+    /// What a list of variables begins with.
+    pub(super) const FIRST: Self = Self::DrtmLog;
+
     /// All, in the order in which they are listed.
     pub const ALL: [Self; 4] = [Self::DrtmLog, Self::Status, Self::Exits, Self::Exposure];
 

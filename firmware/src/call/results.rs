@@ -37,7 +37,7 @@ pub(super) fn give(
             return give_variable(status, attributes, size_at, data, size, mem, buffer);
         }
         Results::NextName { size_at, name, guid, size } => {
-            return give_next_name(status, &pending.results, [size_at, name, guid], size, mem, buffer);
+            return give_next_name(status, [size_at, name, guid], size, mem, buffer);
         }
         _ if status != Status::SUCCESS => {}
         Results::SetTime | Results::SetWakeup { .. } | Results::SetVariable { .. } => {}
@@ -105,23 +105,20 @@ pub(super) fn give_variable(
 
 pub(super) fn give_next_name(
     status: Status,
-    results: &Results,
     [size_at, name, guid]: [u64; 3],
     size: usize,
     mem: &impl GuestMem,
-    buffer: &mut CallBuffer,
+    buffer: &CallBuffer,
 ) -> Result<Outcome, Fault> {
     let said = buffer.slots.size;
     let lie = Fault::Firmware(Anomaly::Size { said, buffer: size });
-    let first = OwnVariable::DrtmLog;
     match status {
         Status::SUCCESS => {
             if usize::try_from(said).is_ok_and(|n| n > size) {
                 return Err(lie);
             }
             if buffer.slots.guid == VENDOR.to_bytes() {
-                let outcome = give_own_name(first, results, mem, buffer)?;
-                return Ok(Outcome { anomaly: Some(Anomaly::OwnGuid), ..outcome });
+                return Err(Fault::Firmware(Anomaly::OwnGuid));
             }
             // The name's own end counts, not the size: firmware is known to leave the size as it was.
             let used = buffer.name.get(..size).and_then(terminated).ok_or(Fault::Firmware(Anomaly::Name))?;
@@ -135,8 +132,6 @@ pub(super) fn give_next_name(
             }
             copy_out(mem, size_at, said.as_bytes())?;
         }
-        // After firmware's last come ours.
-        Status::NOT_FOUND => return give_own_name(first, results, mem, buffer),
         _ => {}
     }
     Ok(Outcome::of(status))
