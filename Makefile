@@ -64,8 +64,10 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test --workspace
 	$(CARGO) test -p tests --test builds
 	$(CARGO) test -p tests --test machine -- --test-threads=2
+	$(CARGO) test -p tests --test services -- --test-threads=2
 	$(CARGO) test -p tests --test attacks -- --test-threads=2
 
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
+	$(CARGO) test -p tests --test services -- --ignored
 	$(CARGO) test -p tests --test attacks -- --ignored
 	$(CARGO) test -p tests --test machine -- --ignored --nocapture
