@@ -194,6 +194,22 @@ impl Cpu {
         }
     }
 
+    /// Takes the interrupts that the APIC delivers now: with the timer borrowed, those of the top class alone.
+    pub fn take_interrupts(&mut self) {
+        // SAFETY: as for `let_pending_in`; the handlers of these vectors acknowledge and return. STI holds interrupts for
+        // one instruction.
+        unsafe {
+            svm::insn::stgi();
+            core::arch::asm!("sti", "nop", "cli", options(nostack));
+            svm::insn::clgi();
+        }
+    }
+
+    /// Interrupts that were taken for the guest since last asked: see [`trap::Arrived::held`].
+    pub fn held_interrupts(&self) -> u32 {
+        self.arrived.held.swap(0, Ordering::Relaxed)
+    }
+
     /// Waits for an interrupt of any kind; one that arrived before the call ends it too.
     pub fn doze(&mut self) {
         // SAFETY: as for `let_pending_in`; STI holds interrupts until HLT waits, so a wake-up cannot be lost.

@@ -14,6 +14,7 @@ pub mod fatal;
 pub mod guest;
 pub mod inputs;
 pub mod launch;
+pub mod lent_timer;
 pub mod logger;
 pub mod measure;
 pub mod memory;

@@ -156,7 +156,7 @@ pub fn guest(
                 cpu.let_pending_in();
                 cpu.init_arrived();
             }
-            Next::Firmware => match services::call(cpu, vcpu, local.id(), ports) {
+            Next::Firmware => match services::call(cpu, vcpu, local, ports) {
                 services::Next::Resume => {}
                 // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
                 services::Next::Reset(kind) => {
@@ -166,7 +166,7 @@ pub fn guest(
             Next::Port { port, size, input: false, .. } => {
                 let (id, value) = (local.id(), vcpu.gprs().rax as u32);
                 if ends::is_end(port, size, value) {
-                    services::end_of_guest(cpu, ports);
+                    services::end_of_guest(cpu, local, ports);
                 }
                 guarded::write(&ports, port, size, value, |command| {
                     smi::of_guest(command, id, cpu, &ports, clock)
@@ -175,7 +175,7 @@ pub fn guest(
             }
             Next::Port { .. } => services::port_access(vcpu, exit, Some(ports)),
             Next::Shutdown => {
-                services::end_of_guest(cpu, ports);
+                services::end_of_guest(cpu, local, ports);
                 fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}"))
             }
             Next::Fatal(exit) => {

@@ -29,13 +29,15 @@ use spin::{Mutex, Once};
 use svm::vcpu::SvmVcpu;
 use zerocopy::IntoBytes;
 
+use crate::apic::Xapic;
 use crate::cpu::{Cpu, FpuArea};
 use crate::exposure::{self, Settled};
 use crate::guest::cpuid;
 use crate::guest::exits::TWO_BYTES;
 use crate::guest::walk::GuestView;
+use crate::lent_timer::LentTimer;
 use crate::memory::copy;
-use crate::metal::{Identity, Ports, TscClock};
+use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 use crate::smi::{self, SmiGate};
 use crate::watch::Watch;
 use crate::{measure, paging, run};
@@ -176,13 +178,13 @@ pub fn open(parts: Parts, root: u64) {
 }
 
 /// Takes a hypercall of the guest that was called from one of its thunks.
-pub fn call(cpu: &mut Cpu, vcpu: &mut SvmVcpu<'_>, apic_id: u32, ports: Ports) -> Next {
+pub fn call(cpu: &mut Cpu, vcpu: &mut SvmVcpu<'_>, local: &Xapic<PhysWindow>, ports: Ports) -> Next {
     let Some(services) = SERVICES.get() else {
         vcpu.inject(Exception::InvalidOpcode);
         return Next::Resume;
     };
     match services.try_lock() {
-        Some(mut services) => services.call(cpu, vcpu, apic_id, ports),
+        Some(mut services) => services.call(cpu, vcpu, local, ports),
         None => {
             // Another CPU's call is running: the guest tries again, and an SMI that the other needs gets through here.
             cpu.let_pending_in();
@@ -192,7 +194,7 @@ pub fn call(cpu: &mut Cpu, vcpu: &mut SvmVcpu<'_>, apic_id: u32, ports: Ports) -
 }
 
 /// The guest ends the machine in another way than by ResetSystem: what waited for that is carried out.
-pub fn end_of_guest(cpu: &mut Cpu, ports: Ports) {
+pub fn end_of_guest(cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
     let Some(services) = SERVICES.get() else { return };
     loop {
         if let Some(mut services) = services.try_lock() {
@@ -201,7 +203,7 @@ pub fn end_of_guest(cpu: &mut Cpu, ports: Ports) {
                 services.parts.state.kill(Reason::Abandoned { used_us: 0 });
                 services.revive(&call);
             }
-            return services.end(cpu, ports);
+            return services.end(cpu, local, ports);
         }
         cpu.let_pending_in();
     }
@@ -253,7 +255,14 @@ impl OwnVariables for Own<'_> {
 }
 
 impl Services {
-    fn call(&mut self, cpu: &mut Cpu, vcpu: &mut SvmVcpu<'_>, apic_id: u32, ports: Ports) -> Next {
+    fn call(
+        &mut self,
+        cpu: &mut Cpu,
+        vcpu: &mut SvmVcpu<'_>,
+        local: &Xapic<PhysWindow>,
+        ports: Ports,
+    ) -> Next {
+        let apic_id = local.id();
         let Some(service) = self.called(vcpu) else {
             // Not one of ours: to software that is not on the thunk page there is no hypervisor to call.
             vcpu.inject(Exception::InvalidOpcode);
@@ -273,7 +282,7 @@ impl Services {
         };
         loop {
             let next = match phase {
-                Phase::Running(job) => self.run_firmware(&call, job, cpu, vcpu, ports),
+                Phase::Running(job) => self.run_firmware(&call, job, cpu, vcpu, local, ports),
                 Phase::Returned(job, rax) => match exposure::settle(&self.parts.clock) {
                     Settled::Wait => Err(Phase::Returned(job, rax)),
                     Settled::Measured | Settled::Late => Ok(self.give(&call, job, rax, vcpu)),
@@ -289,7 +298,7 @@ impl Services {
                 Phase::Resetting(kind) => match exposure::flush(&self.parts.clock) {
                     Settled::Wait => Err(Phase::Resetting(kind)),
                     Settled::Measured | Settled::Late => {
-                        self.end(cpu, ports);
+                        self.end(cpu, local, ports);
                         return Next::Reset(kind);
                     }
                 },
@@ -332,10 +341,11 @@ impl Services {
         job: Job,
         cpu: &mut Cpu,
         vcpu: &SvmVcpu<'_>,
+        local: &Xapic<PhysWindow>,
         ports: Ports,
     ) -> Result<Phase, Phase> {
         cpu.swap_fpu(&mut self.parts.fpu);
-        let end = self.run(call, cpu, vcpu.takes_interrupts(), ports);
+        let end = self.run(call, cpu, vcpu.takes_interrupts(), local, ports);
         cpu.swap_fpu(&mut self.parts.fpu);
         if end != End::Preempted {
             let parts = &self.parts;
@@ -417,17 +427,17 @@ impl Services {
     }
 
     /// The guest is at its end: caps the dynamic PCRs, and then carries out what waited for it.
-    fn end(&mut self, cpu: &mut Cpu, ports: Ports) {
+    fn end(&mut self, cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
         if self.parts.overlay.count() != 0 {
             measure::cap();
-            self.commit(cpu, ports);
+            self.commit(cpu, local, ports);
         }
     }
 
     /// Has firmware carry out all writes that waited. The guest does not run any more on this CPU, and the dynamic PCRs
     /// are capped: what firmware does now is no part of the launched system. How many firmware did not take, and its first
     /// answer, are shown on the next boot.
-    fn commit(&mut self, cpu: &mut Cpu, ports: Ports) {
+    fn commit(&mut self, cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
         let mut failed = 0u16;
         let mut first = 0;
         for index in 0..self.parts.overlay.count() {
@@ -441,7 +451,7 @@ impl Services {
             if self.enter(&call, &registers).is_ok() {
                 let mut end = End::Preempted;
                 while end == End::Preempted {
-                    end = self.run(&call, cpu, false, ports);
+                    end = self.run(&call, cpu, false, local, ports);
                 }
                 if end == End::Returned {
                     status = self.parts.vcpu.gprs().rax;
@@ -741,8 +751,43 @@ impl Services {
         exposure::record(&record);
     }
 
-    /// Runs the sandbox until the call ends or has to wait.
-    fn run(&mut self, call: &Call, cpu: &mut Cpu, interruptible: bool, ports: Ports) -> End {
+    /// Runs the sandbox until the call ends or has to wait. A guest that takes no interrupts does not wait: its time is
+    /// watched by a timer of the MLE's.
+    fn run(
+        &mut self,
+        call: &Call,
+        cpu: &mut Cpu,
+        interruptible: bool,
+        local: &Xapic<PhysWindow>,
+        ports: Ports,
+    ) -> End {
+        if interruptible {
+            return self.run_with(call, cpu, true, ports, |_| Some(End::Preempted));
+        }
+        let Some(mut timer) = LentTimer::borrow(local) else {
+            return self.run_with(call, cpu, false, ports, |_| None);
+        };
+        let end = self.run_with(call, cpu, true, ports, |cpu| {
+            cpu.take_interrupts();
+            timer.go_on(local);
+            None
+        });
+        timer.give_back(local, || {
+            cpu.take_interrupts();
+            cpu.held_interrupts()
+        });
+        end
+    }
+
+    /// Runs the sandbox until the call ends, or until `interrupted` says that it has to wait.
+    fn run_with(
+        &mut self,
+        call: &Call,
+        cpu: &mut Cpu,
+        interruptible: bool,
+        ports: Ports,
+        mut interrupted: impl FnMut(&mut Cpu) -> Option<End>,
+    ) -> End {
         let parts = &mut self.parts;
         loop {
             let exit = cpu.run_interruptible(&mut parts.vcpu, interruptible);
@@ -765,7 +810,11 @@ impl Services {
             match parts.state.exit(&judged, at_return, al, parts.clock.now_us()) {
                 Verdict::Resume => match exit {
                     _ if answered => parts.vcpu.flush_nested(),
-                    Exit::Interrupt => return End::Preempted,
+                    Exit::Interrupt => {
+                        if let Some(end) = interrupted(cpu) {
+                            return end;
+                        }
+                    }
                     _ => {
                         parts.smi.withdraw_unasked(&parts.mem, call.service, call.owner, &parts.clock);
                         cpu.let_pending_in();

@@ -1,19 +1,20 @@
 //! Descriptor tables of the MLE: one GDT, TSS and set of interrupt stacks per CPU, one IDT for all.
 //!
 //! The MLE takes no interrupts by intent. What can arrive, in the short windows with GIF set: an NMI (kept for the
-//! guest), #SX for a redirected INIT, the wake-up of a parked AP. Everything else is a fault of ours, and fatal.
+//! guest), #SX for a redirected INIT, the wake-up of a parked AP and the timer's, and while the timer is the MLE's what other
+//! CPUs send to the guest. Everything else is a fault of ours, and fatal.
 //!
 //! UNSAFETY: loading descriptor tables and the entry code of the vectors.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 use core::arch::{asm, naked_asm};
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use x86::bits64::task::TaskStateSegment;
 use zerocopy::IntoBytes;
 
-/// Vector of the IPI that wakes a parked AP.
+/// Vector of the IPI that wakes a parked AP, and of the timer while it is the MLE's.
 pub const WAKE_VECTOR: u8 = 0xf0;
 /// Vector of #SX: an INIT that VM_CR.R_INIT redirected.
 const SX_VECTOR: u64 = 30;
@@ -33,6 +34,9 @@ pub struct Arrived {
     pub nmi: AtomicBool,
     /// A redirected INIT came.
     pub init: AtomicBool,
+    /// Interrupts of the top priority class that came for the guest while the MLE had the timer: a bit for each vector from
+    /// E0h on.
+    pub held: AtomicU32,
 }
 
 /// Descriptor tables of one CPU.
@@ -130,6 +134,10 @@ extern "sysv64" fn handler(frame: &Frame) {
         NMI_VECTOR => arrived().nmi.store(true, Ordering::Relaxed),
         SX_VECTOR => arrived().init.store(true, Ordering::Relaxed),
         v if v == u64::from(WAKE_VECTOR) => end_of_interrupt(),
+        v if v > u64::from(WAKE_VECTOR) => {
+            arrived().held.fetch_or(1 << (v & 31), Ordering::Relaxed);
+            end_of_interrupt();
+        }
         _ => {
             let fatal = FATAL.load(Ordering::Acquire);
             if fatal != 0 {

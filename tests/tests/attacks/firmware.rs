@@ -572,7 +572,6 @@ fn firmware_that_attacks_in_other_ways_costs_no_more() {
 
 /// A guest's kernel that has interrupts off gets its CPU back all the same.
 #[test]
-#[ignore = "a call that loops is not ended while the guest has interrupts off"]
 fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
     /// `VENDOR`, in two words.
     const GUID: [u64; 2] = [0x4bad_5eed_0bad_f00d, 0xdec0_ad0b_dec0_ad8b];
@@ -610,7 +609,6 @@ fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
 
 /// Whatever firmware says its variables are, the guest finds Cordon's.
 #[test]
-#[ignore = "a list of variables that firmware breaks off leaves out Cordon's"]
 fn firmware_that_lies_hides_no_variable_of_cordons() {
     let mut machine = start(&hostile(Boot::Cordon, &[], &config()));
     run(&mut machine, &lies(&[(plan::NEXT_STATUS, 1 << 63 | 7), (plan::NEXT_LIES, 1)])).unwrap();
