@@ -6,8 +6,9 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use cpio::newc::{Builder, ModeFileType, trailer};
 use flate2::{Compression, GzBuilder};
 
@@ -40,6 +41,29 @@ pub fn build(busybox: &Path, tool: &Path, modules: &Path, to: &Path) -> Result<(
     let mut packed = GzBuilder::new().mtime(0).write(Vec::new(), Compression::fast());
     packed.write_all(&plain)?;
     write_whole(to, &packed.finish()?)
+}
+
+/// Writes the RAM disk `base` and, behind it, one of the host's programs with the libraries that it needs, to `to`. The kernel
+/// unpacks both.
+pub fn add_program(base: &Path, program: &Path, to: &Path) -> Result<()> {
+    let output = Command::new("ldd").arg(program).output().context("starting ldd")?;
+    ensure!(output.status.success(), "{}: is it installed?", program.display());
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let libraries = text.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new);
+    let mut archive = Archive::default();
+    for file in libraries.chain([program]) {
+        let path = file.to_string_lossy();
+        // Folders first; a second entry for one changes nothing.
+        for (at, _) in path.match_indices('/').skip(1) {
+            archive.add(&path[1..at], ModeFileType::Directory, 0o755, &[])?;
+        }
+        let bytes = fs::read(file).with_context(|| path.to_string())?;
+        archive.add(&path[1..], ModeFileType::Regular, 0o755, &bytes)?;
+    }
+    let mut all = fs::read(base).with_context(|| base.display().to_string())?;
+    all.resize(all.len().next_multiple_of(4), 0);
+    all.extend(trailer(archive.bytes)?);
+    write_whole(to, &all)
 }
 
 #[derive(Default)]

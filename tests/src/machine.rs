@@ -1,7 +1,7 @@
 //! One emulated machine: its parts, its start, its commands, its end.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -85,6 +85,8 @@ pub struct Spec {
     pub cmdline: String,
     /// Cordon's configuration file.
     pub config: Option<PathBuf>,
+    /// The firmware's variables as an earlier machine left them, instead of fresh ones.
+    pub variables: Option<PathBuf>,
     /// Where the console leads.
     pub console: Console,
     /// What the machine's CPU does wrong at SKINIT.
@@ -114,6 +116,7 @@ impl Default for Spec {
             kernel: paths::kernel(),
             initrd: paths::initrd(),
             cmdline: String::new(),
+            variables: None,
             config: None,
             console: Console::Log,
             fault: None,
@@ -166,6 +169,8 @@ impl Spec {
             Tpm::Crb => "tpm-crb",
         };
         let (memory, cpus) = (self.memory, self.cpus);
+        // QEMU's order takes the place of the firmware's own, which variables that are kept are there for.
+        let order = if self.variables.is_none() { ",bootindex=1" } else { "" };
         // No interrupt remapping: QEMU 7.2 gives an interrupt that a device table entry lets pass as it is (IntCtl 01) the
         // vector 0. Without it the IVRS lists no I/O APIC, and Cordon leaves the interrupt fields alone.
         let mut text = format!(
@@ -177,7 +182,7 @@ impl Spec {
              -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm0,chardev=tpm
              -device {model},tpmdev=tpm0
              -device amd-iommu,intremap=off
-             -drive if=none,id=esp,format=raw,file=esp.img -device ide-hd,drive=esp,bus=ide.0,bootindex=1
+             -drive if=none,id=esp,format=raw,file=esp.img -device ide-hd,drive=esp,bus=ide.0{order}
              -serial chardev:console
              -chardev socket,id=channel,path=channel.sock,server=on,wait=off -serial chardev:channel
              -qmp unix:qmp.sock,server=on,wait=off
@@ -226,9 +231,10 @@ impl Machine {
     /// Puts the machine together and turns it on.
     pub fn start(spec: &Spec) -> Result<Self> {
         let dir = RunDir::create(&paths::build())?;
-        let variables = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+        let fresh = Path::new("/usr/share/OVMF/OVMF_VARS_4M.fd");
+        let variables = spec.variables.as_deref().unwrap_or(fresh);
         fs::copy(variables, dir.file("vars.fd"))
-            .with_context(|| format!("{variables}: is ovmf installed?"))?;
+            .with_context(|| format!("{}: is ovmf installed?", variables.display()))?;
         esp::build(&dir.file("esp.img"), &spec.disk())?;
         let tpm = Swtpm::start(&dir, &spec.banks)?;
         let mut command = child::command("qemu-system-x86_64");

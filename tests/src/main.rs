@@ -112,6 +112,7 @@ impl Run {
             config: self.config.clone(),
             console: if command.is_some() { Console::Log } else { Console::Terminal },
             fault: self.fault,
+            variables: None,
             reboot: false,
             qemu_args: self.qemu_args.split_whitespace().map(str::to_owned).collect(),
             timeout: Duration::from_secs(self.timeout),

@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
-use tests::images;
 use tests::machine::{Boot, Firmware, Machine, Spec};
+use tests::{images, initrd, paths};
 
 const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
 /// Attributes, then a load option with the description "B" and an empty device path.
@@ -139,4 +139,44 @@ fn a_guest_raises_smis_without_cordon() {
     let mut machine = boot(&Spec { boot: Boot::Native, ..Spec::default() });
     assert_ne!(poke_smi(&mut machine), 0);
     machine.power_off().unwrap();
+}
+
+/// People change the boot order with efibootmgr, and the firmware follows it.
+#[test]
+#[ignore = "takes two minutes"]
+fn efibootmgr_changes_what_the_firmware_boots() {
+    images::build_initrd().expect("RAM disk");
+    let folder = tempfile::tempdir().unwrap();
+    let initrd_with = folder.path().join("initrd.img");
+    initrd::add_program(&paths::initrd(), "/usr/bin/efibootmgr".as_ref(), &initrd_with).unwrap();
+    for boot_by in [Boot::Native, Boot::Cordon] {
+        let spec = Spec { boot: boot_by, initrd: initrd_with.clone(), ..Spec::default() };
+        let mut machine = boot(&spec);
+        let created = machine
+            .check("/usr/bin/efibootmgr --create --disk /dev/sda --part 1 --label 'Cordon test' --loader '\\none.efi'")
+            .unwrap();
+        let entry = created.lines().find(|line| line.contains("Cordon test")).expect(&created);
+        let number = entry.get(4..8).expect(entry).to_owned();
+        let order = created.lines().find_map(|line| line.strip_prefix("BootOrder: ")).expect(&created);
+        // The new entry is the first by itself; behind the others, gone, and back again.
+        let (_, others) = order.split_once(',').expect(order);
+        let listed = machine.check(&format!("/usr/bin/efibootmgr --bootorder {others},{number}")).unwrap();
+        assert!(listed.contains(&format!("BootOrder: {others},{number}")), "{listed}");
+        let listed =
+            machine.check(&format!("/usr/bin/efibootmgr --bootnum {number} --delete-bootnum")).unwrap();
+        assert!(!listed.contains("Cordon test"), "{listed}");
+        machine
+            .check("/usr/bin/efibootmgr --create --disk /dev/sda --part 1 --label 'Cordon test' --loader '\\none.efi'")
+            .unwrap();
+        let variables = machine.dir().file("vars.fd");
+        machine.power_off().unwrap();
+        // The firmware tries the entry first, finds no file, and goes on to what boots.
+        let next = boot(&Spec { variables: Some(variables), boot: Boot::Cordon, ..Spec::default() });
+        let tried = next
+            .console()
+            .lines()
+            .any(|line| line.contains("failed to load") && line.contains("Cordon test"));
+        assert!(tried, "{boot_by:?}: {}", next.console());
+        next.power_off().unwrap();
+    }
 }
