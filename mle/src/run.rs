@@ -185,5 +185,6 @@ pub fn guest(
         }
         // What waits for the guest's own use of the TPM is tried again at the next exit.
         let _ = exposure::settle(clock);
+        smi::look_if_owed(|| local.id(), clock);
     }
 }

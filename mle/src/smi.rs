@@ -36,6 +36,13 @@ static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPU
 /// What SMM must not have changed.
 static GUARD: Once<Mutex<Guard>> = Once::new();
 
+/// A look costs as much as a firmware call; so often it may.
+const LOOK_PERIOD_US: u64 = 100_000;
+/// Before this time SMIs are not looked after one by one.
+static NEXT_LOOK_US: AtomicU64 = AtomicU64::new(0);
+/// An SMI has come that nobody looked after.
+static LOOK_OWED: AtomicBool = AtomicBool::new(false);
+
 struct Guard {
     sums: Guarded,
     mem: Identity,
@@ -89,10 +96,28 @@ fn key() -> [u8; 16] {
     (u128::from(high) << 64 | u128::from(low)).to_le_bytes()
 }
 
-/// After an SMI: ends the launch if SMM changed what is the MLE's.
+/// After an SMI: ends the launch if SMM changed what is the MLE's. Of SMIs that follow each other closely the first is looked
+/// after at once, and the others together, at the next exit after [`LOOK_PERIOD_US`].
 fn look_for_damage(id: u32, clock: &TscClock) {
+    if exposure::now_us(clock) < NEXT_LOOK_US.load(Ordering::Relaxed) {
+        LOOK_OWED.store(true, Ordering::Relaxed);
+        return;
+    }
+    look(id, clock);
+}
+
+/// Looks for damage, if an SMI is still to be looked after and it is time. Cheap when not; called at each exit.
+pub fn look_if_owed(id: impl FnOnce() -> u32, clock: &TscClock) {
+    if LOOK_OWED.load(Ordering::Relaxed) && exposure::now_us(clock) >= NEXT_LOOK_US.load(Ordering::Relaxed) {
+        look(id(), clock);
+    }
+}
+
+fn look(id: u32, clock: &TscClock) {
     // Another CPU looks already.
     let Some(guard) = GUARD.get().and_then(Mutex::try_lock) else { return };
+    LOOK_OWED.store(false, Ordering::Relaxed);
+    NEXT_LOOK_US.store(exposure::now_us(clock).saturating_add(LOOK_PERIOD_US), Ordering::Relaxed);
     let Some(damage) = guard.sums.check(&guard.mem) else { return };
     let record = Record::new(Kind::REGION_CHANGED, id, exposure::now_us(clock));
     exposure::record(&Record { text: Some(Text::new(damage)), ..record });
