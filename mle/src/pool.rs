@@ -50,6 +50,13 @@ impl PagePool {
         Some(unsafe { &mut *(start as *mut T) })
     }
 
+    /// `len` zeroed bytes, for ever.
+    pub fn bytes(&mut self, len: usize) -> Option<&'static mut [u8]> {
+        let start = self.pages((len as u64).div_ceil(PAGE_SIZE))?;
+        // SAFETY: `pages` gave that much zeroed memory to nobody else.
+        Some(unsafe { core::slice::from_raw_parts_mut(start as *mut u8, len) })
+    }
+
     /// Where the next page will be: two of these are the bounds of what was handed out between.
     pub fn mark(&self) -> u64 {
         self.next

@@ -15,6 +15,7 @@ use firmware::smm::communicate::find_core_private;
 use firmware::tables::FirmwareTables;
 use heapless::{String, Vec};
 use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::io::PhysMem;
 use hv::radix::{self, NPT, PageSize, Tables};
 use hv::space::{AddressSpace, View};
 use log::{info, warn};
@@ -24,7 +25,6 @@ use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 
 use crate::boot::Layout;
 use crate::cpu::FpuArea;
-use crate::memory::copy;
 use crate::metal::{Identity, TscClock};
 use crate::pool::PagePool;
 use crate::services::{self, PRISTINE_MAX, Parts, STATUS_MAX};
@@ -149,11 +149,12 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError>
     if config.sandbox.on_death == OnDeath::Restart {
         let firmware = map.runtime().filter(|r| is_ram(r)).map(|r| r.range);
         for range in firmware.chain([own_tables]) {
-            let at =
-                pool.pages(range.len() / PAGE_SIZE).ok_or(none("a copy of firmware memory", range.len()))?;
-            let to = PhysRange::new(at, range.len()).ok_or(SandboxError::Unreadable(range))?;
-            copy(&mem, range.start(), &to).map_err(SandboxError::Unreadable)?;
-            let room = parts.pristine.push((range, at));
+            let room = none("a copy of firmware memory", range.len());
+            let copy = usize::try_from(range.len()).ok().and_then(|len| pool.bytes(len)).ok_or(room)?;
+            if !mem.read(range.start(), copy) {
+                return Err(SandboxError::Unreadable(range));
+            }
+            let room = parts.pristine.push((range, copy));
             room.map_err(|_| SandboxError::Regions { limit: PRISTINE_MAX })?;
         }
     }

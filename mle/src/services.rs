@@ -36,7 +36,6 @@ use crate::guest::cpuid;
 use crate::guest::exits::TWO_BYTES;
 use crate::guest::walk::GuestView;
 use crate::lent_timer::LentTimer;
-use crate::memory::copy;
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 use crate::smi::{self, SmiGate};
 use crate::watch::Watch;
@@ -91,8 +90,8 @@ pub struct Parts {
     pub watch: &'static Mutex<Watch>,
     /// Software SMIs.
     pub smi: SmiGate,
-    /// Memory as it was at launch, and where its copy is: what a dead sandbox is made anew from.
-    pub pristine: Vec<(PhysRange, u64), PRISTINE_MAX>,
+    /// Memory as it was at launch: what a dead sandbox is made anew from.
+    pub pristine: Vec<(PhysRange, &'static [u8]), PRISTINE_MAX>,
     /// The PCR that shows what the guest unlocked.
     pub unlock_pcr: u32,
     /// The DRTM event log.
@@ -740,7 +739,7 @@ impl Services {
         if reason == Reason::NoEntry || !parts.state.revive() {
             return;
         }
-        let failed = parts.pristine.iter().find(|(range, from)| copy(&parts.mem, *from, range).is_err());
+        let failed = parts.pristine.iter().find(|(range, copy)| !parts.mem.write(range.start(), copy));
         if let Some((range, _)) = failed {
             warn!("firmware memory {range} cannot be restored");
             parts.state.kill(reason);

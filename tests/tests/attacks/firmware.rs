@@ -2,9 +2,11 @@
 //! Cordon it runs in the sandbox, without Cordon beside Linux, at CPL 0.
 
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use firmware::config::OnDeath;
 use firmware::sandbox::Reason;
 use firmware::service::Service;
 use hv::launch::{LAUNCH_PAGE_SIZE, SLB_SIZE};
@@ -101,9 +103,9 @@ fn rdmsr(index: u32) -> Vec<u8> {
     code(&[&[0xb9], &index.to_le_bytes(), &[0x0f, 0x32, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0]])
 }
 
-/// Writes back what the register holds.
-fn wrmsr(index: u32) -> Vec<u8> {
-    code(&[&[0xb9], &index.to_le_bytes(), &[0x0f, 0x32, 0x0f, 0x30]])
+fn wrmsr(index: u32, value: u32) -> Vec<u8> {
+    // mov ecx, index; mov eax, value; xor edx, edx; wrmsr
+    code(&[&[0xb9], &index.to_le_bytes(), &[0xb8], &value.to_le_bytes(), &[0x31, 0xd2, 0x0f, 0x30]])
 }
 
 /// Has QEMU's `edu`, whose registers are at `edu`, copy eight bytes.
@@ -232,32 +234,13 @@ const VM_HSAVE_PA: u32 = 0xc001_0117;
 const EFER: u32 = 0xc000_0080;
 const APIC_BASE: u32 = 0x1b;
 
-/// One of each kind.
-fn main_attacks() -> Vec<Fatal> {
-    vec![
-        reads("read the guest's memory", |_| SCRATCH, read64, |_, _, seen| seen == SECRET),
-        writes("write the MLE", |g| g.places.mle + 0x2000, |m, g, _| other_at(m, g.places.mle + 0x2000)),
-        fatal(
-            "loop with interrupts off",
-            |_| vec![0xeb, 0xfe],
-            |_| Reason::Budget { used_us: 0, limit_us: 0 },
-            Alone::Hangs,
-        ),
-        fatal(
-            "triple fault",
-            // Two words of zeros are the interrupt table: push 0; push 0; lidt [rsp]; ud2
-            |_| vec![0x6a, 0, 0x6a, 0, 0x0f, 0x01, 0x1c, 0x24, 0x0f, 0x0b],
-            |_| Reason::Exception { vector: 6, error: 0 },
-            Alone::Ends,
-        ),
-    ]
-}
-
-/// All others.
-fn more_attacks() -> Vec<Fatal> {
+/// What firmware may try. The last ones have no control but the machine's end.
+fn attacks() -> Vec<Fatal> {
     let msr = |index, write| move |_: &Ground| Reason::Msr { index, write };
     let cpu = |code| move |_: &Ground| Reason::Cpu { code };
     vec![
+        reads("read the guest's memory", |_| SCRATCH, read64, |_, _, seen| seen == SECRET),
+        writes("write the MLE", |g| g.places.mle + 0x2000, |m, g, _| other_at(m, g.places.mle + 0x2000)),
         writes("write the guest's memory", |_| SCRATCH + 8, |m, _, _| other_at(m, SCRATCH + 8)),
         reads("read the MLE", |g| g.places.mle, read64, |_, _, _| true),
         reads("read nested tables", |g| g.places.mle + g.places.mle_size - (4 << 20), read64, |_, _, _| true),
@@ -293,7 +276,13 @@ fn more_attacks() -> Vec<Fatal> {
             msr(EFER, false),
             Alone::Succeeds(|_, _, efer| efer & 0x500 == 0x500),
         ),
-        fatal("APIC base", |_| wrmsr(APIC_BASE), msr(APIC_BASE, false), Alone::Succeeds(|_, _, _| true)),
+        // With the value that it has.
+        fatal(
+            "APIC base",
+            |_| wrmsr(APIC_BASE, 0xfee0_0900),
+            msr(APIC_BASE, true),
+            Alone::Succeeds(|_, _, _| true),
+        ),
         fatal(
             "VM_HSAVE_PA",
             |_| rdmsr(VM_HSAVE_PA),
@@ -307,13 +296,25 @@ fn more_attacks() -> Vec<Fatal> {
             cpu(0x13),
             Alone::Succeeds(|_, _, _| true),
         ),
-        fatal("INVD", |_| code(&[&[0x0f, 0x08]]), |_| Reason::Instruction, Alone::Succeeds(|_, _, _| true)),
         // mov dx, 71h; lea rdi, [rcx + 100h]; insb
         fatal(
             "string instruction on a port",
             |_| code(&[&[0x66, 0xba, 0x71, 0, 0x48, 0x8d, 0xb9, 0, 1, 0, 0, 0x6c]]),
             |_| Reason::StringPort(0x71),
             Alone::Succeeds(|_, _, _| true),
+        ),
+        fatal(
+            "loop with interrupts off",
+            |_| vec![0xeb, 0xfe],
+            |_| Reason::Budget { used_us: 0, limit_us: 0 },
+            Alone::Hangs,
+        ),
+        fatal(
+            "triple fault",
+            // Two words of zeros are the interrupt table: push 0; push 0; lidt [rsp]; ud2
+            |_| vec![0x6a, 0, 0x6a, 0, 0x0f, 0x01, 0x1c, 0x24, 0x0f, 0x0b],
+            |_| Reason::Exception { vector: 6, error: 0 },
+            Alone::Ends,
         ),
         fatal(
             "loop",
@@ -338,16 +339,16 @@ fn more_attacks() -> Vec<Fatal> {
 }
 
 /// A firmware with the implant.
-fn hostile(kind: Boot, reserved: &[(u64, u64)], config: &tempfile::TempPath) -> Spec {
+fn hostile(kind: Boot, reserved: &[(u64, u64)], config: Option<&Path>) -> Spec {
     images::build_hostile().expect("implant");
-    let config = (kind == Boot::Cordon).then(|| config.to_path_buf());
+    let config = config.map(Path::to_owned);
     Spec { hostile: true, config, timeout: Duration::from_secs(120), ..spec(kind, reserved) }
 }
 
 /// Calls may take long on a loaded bench, but a test need not wait ten seconds for an endless one.
-fn config() -> tempfile::TempPath {
+fn config(text: &str) -> tempfile::TempPath {
     let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(file.path(), "sandbox.budget-ms = 3000\n").unwrap();
+    fs::write(file.path(), format!("sandbox.budget-ms = 3000\n{text}\n")).unwrap();
     file.into_temp_path()
 }
 
@@ -411,9 +412,6 @@ fn costs_the_sandbox(machine: &mut Machine, ground: &Ground, attack: &Fatal) {
         assert_eq!(machine.memory(at, 8).unwrap(), bytes, "{what}: {at:#x}");
     }
     assert_eq!(pcrs(machine), before, "{what}");
-    // Nobody is there to run code any more.
-    let again = run(machine, &code(&[&guest::rax(SECRET)])).unwrap();
-    assert!(again.failed_with(EIO), "{what}: {again:x?}");
 }
 
 /// Without Cordon it gets through.
@@ -440,32 +438,49 @@ fn succeeds(machine: &mut Machine, ground: &Ground, attack: &Fatal) {
     }
 }
 
-/// Runs fatal attacks, each in a machine of its own where it must be.
-fn all_fatal(attacks: &[Fatal]) {
-    let config = config();
-    let mut found = None;
-    for attack in attacks {
-        let mut machine = start(&hostile(Boot::Cordon, &[], &config));
-        let places = found.get_or_insert_with(|| Places::find(&mut machine)).clone();
-        let ground = Ground { places, edu: Edu::find(&mut machine).registers };
-        costs_the_sandbox(&mut machine, &ground, attack);
-        println!("under Cordon: {}: as expected", attack.name);
-        machine.power_off().unwrap();
-    }
-    let places = found.expect("attacks");
+/// A machine of its own for attacks without Cordon.
+fn alone(places: &Places) -> (Machine, Ground) {
     let reserved =
         [(places.mle, places.mle_size), (places.slb, SLB_SIZE), (places.launch_page, LAUNCH_PAGE_SIZE)];
-    let mut running = None;
+    let mut machine = start(&hostile(Boot::Native, &reserved, None));
+    let ground = Ground { places: places.clone(), edu: Edu::find(&mut machine).registers };
+    (machine, ground)
+}
+
+/// Has the attacks fail under Cordon. Says where things are.
+fn all_fail(attacks: &[Fatal], on_death: OnDeath) -> Places {
+    let text = if on_death == OnDeath::Restart { "sandbox.on-death = restart" } else { "" };
+    let config = config(text);
+    let spec = hostile(Boot::Cordon, &[], Some(&config));
+    let ground =
+        |machine: &mut Machine| Ground { places: Places::find(machine), edu: Edu::find(machine).registers };
+    let mut machine = start(&spec);
+    let mut on = ground(&mut machine);
+    for (number, attack) in attacks.iter().enumerate() {
+        costs_the_sandbox(&mut machine, &on, attack);
+        if on_death == OnDeath::Restart {
+            in_place(&mut machine);
+            let status = status(&mut machine);
+            assert!(status.contains(&format!("restarts: {},", number + 1)), "{}: {status}", attack.name);
+        } else if number + 1 < attacks.len() {
+            machine.power_off().unwrap();
+            machine = start(&spec);
+            on = ground(&mut machine);
+        }
+        println!("under Cordon: {}: as expected", attack.name);
+    }
+    machine.power_off().unwrap();
+    on.places
+}
+
+/// Has the attacks succeed without Cordon, up to the first that takes the machine along.
+fn all_succeed(attacks: &[Fatal], places: &Places) {
+    let (mut machine, ground) = alone(places);
     for attack in attacks {
-        let (machine, ground) = running.get_or_insert_with(|| {
-            let mut machine = start(&hostile(Boot::Native, &reserved, &config));
-            let ground = Ground { places: places.clone(), edu: Edu::find(&mut machine).registers };
-            (machine, ground)
-        });
-        succeeds(machine, ground, attack);
+        succeeds(&mut machine, &ground, attack);
         println!("without Cordon: {}: as expected", attack.name);
         if !matches!(attack.alone, Alone::Succeeds(_)) {
-            running = None;
+            break;
         }
     }
 }
@@ -546,6 +561,12 @@ fn harmless(machine: &mut Machine, protected: bool) {
         assert!(status.contains("sandbox: Ready") && !status.contains("denied ports: 0"), "{status}");
         lives(machine, "lies");
         in_place(machine);
+        // A sandbox that died stays dead if the configuration says nothing else.
+        for code in [vec![0xf4], vec![RET]] {
+            let outcome = run(machine, &code).unwrap();
+            assert!(outcome.failed_with(EIO), "{outcome:x?}");
+        }
+        lives(machine, "a dead sandbox");
     } else {
         let error = reset.expect_err("reset").to_string();
         assert!(error.contains("guest-reset"), "{error}");
@@ -554,20 +575,38 @@ fn harmless(machine: &mut Machine, protected: bool) {
 
 #[test]
 fn firmware_that_lies_is_not_believed() {
-    let config = config();
-    harmless(&mut start(&hostile(Boot::Cordon, &[], &config)), true);
-    harmless(&mut start(&hostile(Boot::Native, &[], &config)), false);
+    harmless(&mut start(&hostile(Boot::Cordon, &[], None)), true);
+    harmless(&mut start(&hostile(Boot::Native, &[], None)), false);
 }
 
+/// One attack of each kind.
 #[test]
 fn firmware_that_attacks_costs_the_sandbox_and_nothing_more() {
-    all_fatal(&main_attacks());
+    const KINDS: [&str; 4] =
+        ["read the guest's memory", "write the MLE", "loop with interrupts off", "triple fault"];
+    let mut attacks = attacks();
+    attacks.retain(|attack| KINDS.contains(&attack.name));
+    let places = all_fail(&attacks, OnDeath::Stay);
+    all_succeed(&attacks, &places);
 }
 
 #[test]
-#[ignore = "takes ten minutes; `make test-all` runs it"]
-fn firmware_that_attacks_in_other_ways_costs_no_more() {
-    all_fatal(&more_attacks());
+fn a_sandbox_that_is_made_anew_withstands_all_attacks() {
+    let attacks = attacks();
+    let places = all_fail(&attacks, OnDeath::Restart);
+    all_succeed(&attacks, &places);
+}
+
+/// All controls that take a machine each.
+#[test]
+#[ignore = "takes three minutes; `make test-all` runs it"]
+fn firmware_ends_the_machine_without_cordon() {
+    let places = Places::find(&mut start(&hostile(Boot::Cordon, &[], None)));
+    for attack in attacks().iter().filter(|attack| !matches!(attack.alone, Alone::Succeeds(_))) {
+        let (mut machine, ground) = alone(&places);
+        succeeds(&mut machine, &ground, attack);
+        println!("without Cordon: {}: as expected", attack.name);
+    }
 }
 
 /// A guest's kernel that has interrupts off gets its CPU back all the same.
@@ -577,7 +616,7 @@ fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
     const GUID: [u64; 2] = [0x4bad_5eed_0bad_f00d, 0xdec0_ad0b_dec0_ad8b];
     const NAME: u32 = 0x800;
     const LOOP: u32 = 0x820;
-    let mut machine = start(&hostile(Boot::Cordon, &[], &config()));
+    let mut machine = start(&hostile(Boot::Cordon, &[], Some(&config(""))));
     for (at, word) in
         [(NAME, u64::from(b'L')), (NAME + 0x10, GUID[0]), (NAME + 0x18, GUID[1]), (LOOP, 0xfeeb)]
     {
@@ -610,7 +649,7 @@ fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
 /// Whatever firmware says its variables are, the guest finds Cordon's.
 #[test]
 fn firmware_that_lies_hides_no_variable_of_cordons() {
-    let mut machine = start(&hostile(Boot::Cordon, &[], &config()));
+    let mut machine = start(&hostile(Boot::Cordon, &[], None));
     run(&mut machine, &lies(&[(plan::NEXT_STATUS, 1 << 63 | 7), (plan::NEXT_LIES, 1)])).unwrap();
     let names = listed(&mut machine);
     assert!(names.contains("Status-a720b6bf"), "{names}");
