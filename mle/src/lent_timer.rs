@@ -82,7 +82,9 @@ impl LentTimer {
         apic.0.write32(TIMER, self.timer);
         let left =
             u64::from(self.left).checked_sub(used).and_then(|n| u32::try_from(n).ok()).filter(|n| *n != 0);
-        let ran = self.left != 0;
+        // A count of zero may be one that ran out this moment, its interrupt not sent yet: a change of TIMER takes that back.
+        // If it was sent, a second one merges with it, or a one-shot timer's handler finds nothing due.
+        let ran = self.left != 0 || (self.initial != 0 && self.timer & PERIODIC == 0);
         let expired = ran && left.is_none();
         apic.0.write32(
             INITIAL_COUNT,
@@ -193,9 +195,20 @@ mod tests {
     }
 
     #[test]
+    fn an_interrupt_that_taking_the_timer_may_have_stopped_is_sent() {
+        let apic = guests(0xec, 5000, 0);
+        let x = Xapic(&apic);
+        LentTimer::borrow(&x).unwrap().give_back(&x, || 0);
+        assert_eq!(*apic.sent.borrow(), [SELF | 0xec]);
+        // Once only: the count is not one that ran out any more.
+        LentTimer::borrow(&x).unwrap().give_back(&x, || 0);
+        assert_eq!(apic.sent.borrow().len(), 1);
+    }
+
+    #[test]
     fn a_timer_that_does_not_run_stays_so() {
-        for timer in [0xec, 0xec | MASKED, 0xec | PERIODIC] {
-            let apic = guests(timer, 5000, 0);
+        for (timer, initial) in [(0xec, 0), (0xec | MASKED, 5000), (0xec | PERIODIC, 5000)] {
+            let apic = guests(timer, initial, 0);
             let x = Xapic(&apic);
             LentTimer::borrow(&x).unwrap().give_back(&x, || 0);
             assert_eq!((x.0.read32(TIMER), x.0.read32(INITIAL_COUNT)), (timer, 0));
