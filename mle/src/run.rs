@@ -171,9 +171,9 @@ pub fn guest(
                 guarded::write(&ports, port, size, value, |command| {
                     smi::of_guest(command, id, cpu, &ports, clock)
                 });
-                services::finish_port(vcpu, exit);
+                guarded::finish_port(vcpu, exit);
             }
-            Next::Port { .. } => services::port_access(vcpu, exit, Some(ports)),
+            Next::Port { .. } => guarded::port_access(vcpu, exit, Some(ports)),
             Next::Shutdown => {
                 services::end_of_guest(cpu, local, ports);
                 fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}"))

@@ -8,7 +8,11 @@
 
 use firmware::sandbox::SMI_COMMAND;
 use hv::io::PortIo;
+use hv::vcpu::{Exit, Vcpu};
 use svm::maps::Iopm;
+use svm::vcpu::SvmVcpu;
+
+use crate::metal::Ports;
 
 /// System control port A: bit 1 is A20.
 const CONTROL_A: u16 = 0x92;
@@ -50,6 +54,39 @@ pub fn write(ports: &impl PortIo, port: u16, size: u8, value: u32, mut smi: impl
             other => ports.out8(other, byte),
         }
     }
+}
+
+/// Goes on after an intercepted port access.
+pub fn finish_port(vcpu: &mut SvmVcpu<'_>, exit: Exit) {
+    if let Exit::Port { next_rip, .. } = exit {
+        vcpu.skip_to(next_rip);
+    }
+}
+
+/// Does a port access for a virtual machine, or pretends that no device is there.
+pub fn port_access(vcpu: &mut SvmVcpu<'_>, exit: Exit, ports: Option<Ports>) {
+    let Exit::Port { port, size, input, next_rip, .. } = exit else { return };
+    let rax = vcpu.gprs().rax;
+    if input {
+        let value = match (ports, size) {
+            (Some(p), 1) => p.in8(port).into(),
+            (Some(p), 2) => p.in16(port).into(),
+            (Some(p), _) => u64::from(p.in32(port)),
+            (None, _) => u64::MAX,
+        };
+        vcpu.gprs_mut().rax = match size {
+            1 => rax & !0xff | value & 0xff,
+            2 => rax & !0xffff | value & 0xffff,
+            _ => value & 0xffff_ffff,
+        };
+    } else if let Some(p) = ports {
+        match size {
+            1 => p.out8(port, rax as u8),
+            2 => p.out16(port, rax as u16),
+            _ => p.out32(port, rax as u32),
+        }
+    }
+    vcpu.skip_to(next_rip);
 }
 
 #[cfg(test)]

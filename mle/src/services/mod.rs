@@ -4,42 +4,43 @@
 //! instruction, takes its interrupt there, and its next attempt continues the call. So the guest never waits for its
 //! interrupts, and the time budget of a call that loops is enforced.
 
+mod deferred;
+mod own;
+mod sandboxed;
+
 use core::fmt::{self, Write};
 
 use firmware::call::{
-    Answer, Args, Begin, CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Gate, OwnVariable, OwnVariables,
-    Pending, ResetKind, Services as Unlocked, Status,
+    Answer, Args, Begin, CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Gate, Pending, ResetKind,
+    Services as Unlocked, Status,
 };
 use firmware::capsule::{self, CapsuleError, StagedQuery, Staging};
-use firmware::deferred::{Base, Overlay, Wanted};
+use firmware::deferred::Overlay;
 use firmware::exposure::{self as log_format, Decision, Denied, Kind, Name, Record, Text, Variable};
-use firmware::sandbox::{Counters, NotReady, Reason, SMI_COMMAND, Sandbox, State, Verdict};
+use firmware::sandbox::{Counters, Reason, Sandbox};
 use firmware::service::{COUNT, Service};
 use firmware::tables::{HYPERCALL_LENGTH, service_at};
 use heapless::{String, Vec};
 use hv::addr::{PAGE_SIZE, PhysRange};
-use hv::failure::{Record as Failure, Stage};
-use hv::io::{Clock, PhysMem, PortIo};
+use hv::io::Clock;
 use hv::launch::PCR_EXPOSURE;
 use hv::radix::{Error, TablePool};
 use hv::space::AddressSpace;
-use hv::vcpu::{Access, Exception, Exit, Vcpu};
+use hv::vcpu::{Access, Exception, Vcpu};
 use log::warn;
 use spin::{Mutex, Once};
 use svm::vcpu::SvmVcpu;
-use zerocopy::IntoBytes;
 
+use self::own::Own;
+use self::sandboxed::{Direction, End, buffer_at, copy_buffer};
 use crate::apic::Xapic;
 use crate::cpu::{Cpu, FpuArea};
 use crate::exposure::{self, Settled};
-use crate::guest::cpuid;
-use crate::guest::exits::TWO_BYTES;
 use crate::guest::walk::GuestView;
-use crate::lent_timer::LentTimer;
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
-use crate::smi::{self, SmiGate};
+use crate::paging;
+use crate::smi::SmiGate;
 use crate::watch::Watch;
-use crate::{measure, paging, run};
 
 /// Memory that the sandbox works in: page tables, GDT, stack, call buffer.
 pub const SANDBOX_SIZE: u64 = TABLES_SIZE + PAGE_SIZE + STACK_SIZE + CALL_BUFFER_SIZE as u64;
@@ -208,51 +209,6 @@ pub fn end_of_guest(cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
     }
 }
 
-/// Contents of Cordon's own variables.
-struct Own<'a> {
-    log: &'a [u8],
-    status: &'a str,
-    sandbox: &'a Sandbox,
-}
-
-impl OwnVariables for Own<'_> {
-    fn fill(&self, which: OwnVariable, out: &mut [u8]) -> usize {
-        let mut text = String::<4096>::new();
-        let content = match which {
-            OwnVariable::DrtmLog => self.log,
-            OwnVariable::Status => {
-                let c = self.sandbox.counters();
-                // 4096 bytes hold all of it.
-                let _ = writeln!(text, "{}sandbox: {:?}", self.status, self.sandbox.state());
-                let _ = writeln!(text, "calls: {}, exits {}, SMIs {}", c.calls, c.exits, c.smis);
-                let _ = writeln!(
-                    text,
-                    "denied ports: {}, denied MSRs: {}, restarts: {}, longest call {} us",
-                    c.denied_ports, c.denied_msrs, c.restarts, c.longest_us
-                );
-                let e = exposure::counters();
-                let _ = writeln!(
-                    text,
-                    "exposure: {} records in {} batches, {} spilled, {} lost, {} batches late",
-                    e.records, e.batches, e.spilled, e.lost, e.late
-                );
-                run::write_refusals(&mut text);
-                text.as_bytes()
-            }
-            OwnVariable::Exits => {
-                run::write_counts(&mut text);
-                text.as_bytes()
-            }
-            OwnVariable::Exposure => return exposure::write_log(out),
-        };
-        let len = content.len().min(out.len());
-        if let (Some(to), Some(from)) = (out.get_mut(..len), content.get(..len)) {
-            to.copy_from_slice(from);
-        }
-        len
-    }
-}
-
 impl Services {
     fn call(
         &mut self,
@@ -367,103 +323,6 @@ impl Services {
                 exposure::record(&record);
                 Ok(Phase::Answered(status))
             }
-        }
-    }
-
-    /// Takes a write that waits. `found` is the lookup and its answer, if one had to be made.
-    fn defer(&mut self, call: &Call, found: Option<(&Pending, u64)>, write: &Pending) -> Phase {
-        let Parts { overlay, buffer, scratch, area, mem, .. } = &mut self.parts;
-        let base = match found {
-            Some((lookup, rax)) => {
-                copy_buffer(*area, scratch, mem, lookup, Direction::FromSandbox);
-                Pending::base(rax, scratch)
-            }
-            None => Ok(Base::Absent),
-        };
-        let status = match (buffer.key(), write.write(buffer), base) {
-            (Some(key), Some((attributes, data)), Ok(base)) => overlay.set(key, attributes, data, base),
-            (_, _, Err(status)) => status,
-            _ => Status::INVALID_PARAMETER,
-        };
-        exposure::record(&self.record_of(call, Decision::DEFERRED, status.0 as u64));
-        Phase::Answered(status)
-    }
-
-    /// What the overlay answers in firmware's place, as firmware's RAX. `asked`: the answer of firmware to the call, if it
-    /// was asked.
-    fn overlaid(&mut self, pending: &Pending, asked: Option<u64>) -> Option<u64> {
-        let Parts { overlay, buffer, .. } = &mut self.parts;
-        if overlay.count() == 0 {
-            return None;
-        }
-        match (pending.service(), asked) {
-            (Service::GetVariable, None) => {
-                let wanted = overlay.get(buffer.key()?)?;
-                Some(pending.answer_variable(wanted, buffer))
-            }
-            // The guest asks for the one after a variable that firmware does not know.
-            (Service::GetNextVariableName, None) => {
-                let key = buffer.key().filter(|key| overlay.is_new(*key))?;
-                Some(match overlay.next_new(Some(key)) {
-                    Some(next) => pending.answer_name(next, buffer),
-                    None => Status::NOT_FOUND.0 as u64,
-                })
-            }
-            // After firmware's last variable come those that wait.
-            (Service::GetNextVariableName, Some(rax)) if rax == Status::NOT_FOUND.0 as u64 => {
-                Some(pending.answer_name(overlay.next_new(None)?, buffer))
-            }
-            _ => None,
-        }
-    }
-
-    /// Whether firmware's answer to a GetNextVariableName is a variable that is to be gone.
-    fn is_hidden(&self, pending: &Pending, rax: u64) -> bool {
-        let Parts { overlay, buffer, .. } = &self.parts;
-        pending.service() == Service::GetNextVariableName
-            && rax == Status::SUCCESS.0 as u64
-            && buffer.key().and_then(|key| overlay.get(key)) == Some(Wanted::Deleted)
-    }
-
-    /// The guest is at its end: caps the dynamic PCRs, and then carries out what waited for it.
-    fn end(&mut self, cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
-        if self.parts.overlay.count() != 0 {
-            measure::cap();
-            self.commit(cpu, local, ports);
-        }
-    }
-
-    /// Has firmware carry out all writes that waited. The guest does not run any more on this CPU, and the dynamic PCRs
-    /// are capped: what firmware does now is no part of the launched system. How many firmware did not take, and its first
-    /// answer, are shown on the next boot.
-    fn commit(&mut self, cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
-        let mut failed = 0u16;
-        let mut first = 0;
-        for index in 0..self.parts.overlay.count() {
-            let Parts { overlay, buffer, .. } = &mut self.parts;
-            let Some((key, wanted)) = overlay.at(index) else { break };
-            let pending = Pending::commit(key, wanted, buffer);
-            let call = self.new_call(Service::SetVariable, 0);
-            self.hand_over(&pending);
-            let registers = pending.call(buffer_at(self.parts.area));
-            let mut status = Status::DEVICE_ERROR.0 as u64;
-            if self.enter(&call, &registers).is_ok() {
-                let mut end = End::Preempted;
-                while end == End::Preempted {
-                    end = self.run(&call, cpu, false, local, ports);
-                }
-                if end == End::Returned {
-                    status = self.parts.vcpu.gprs().rax;
-                }
-            }
-            if status != Status::SUCCESS.0 as u64 {
-                failed = failed.saturating_add(1);
-                first = if first == 0 { status } else { first };
-            }
-        }
-        self.parts.overlay.clear();
-        if failed != 0 {
-            Failure { stage: Stage::Deferred, code: failed, detail: first as u16 }.save(&ports);
         }
     }
 
@@ -691,12 +550,6 @@ impl Services {
         Call { service, owner, since_us, before: *self.parts.state.counters(), variable: None }
     }
 
-    /// Gives the sandbox what a call uses of the MLE's call buffer.
-    fn hand_over(&mut self, pending: &Pending) {
-        let parts = &mut self.parts;
-        copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::ToSandbox);
-    }
-
     /// Prepares the sandbox for a call, or ends it when there is none.
     fn enter_or_end(&mut self, call: &Call, job: Job, registers: &FirmwareCall) -> Phase {
         if self.enter(call, registers).is_ok() {
@@ -705,162 +558,6 @@ impl Services {
         let status = Status::DEVICE_ERROR;
         exposure::record(&self.record_of(call, Decision::NONE, status.0 as u64));
         Phase::Answered(status)
-    }
-
-    /// Prepares the sandbox for a call. What the call needs of memory is in place.
-    fn enter(&mut self, call: &Call, registers: &FirmwareCall) -> Result<(), NotReady> {
-        self.revive(call);
-        let parts = &mut self.parts;
-        let Some(entry) = parts.entries.get(registers.service.index()).copied().flatten() else {
-            parts.state.kill(Reason::NoEntry);
-            self.died(call, Reason::NoEntry);
-            return Err(NotReady::Dead(Reason::NoEntry));
-        };
-        parts.state.start(parts.clock.now_us())?;
-        let frame = registers.frame(parts.return_to);
-        // Aligned so that RSP is 8 modulo 16 at the entry point.
-        let rsp = buffer_at(parts.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
-        for (at, word) in (rsp..).step_by(8).zip(frame) {
-            parts.mem.write(at, &word.to_le_bytes());
-        }
-        parts.vcpu.start_long_mode(entry, rsp, self.root, (0, 0));
-        let g = parts.vcpu.gprs_mut();
-        (g.rcx, g.rdx) = (registers.rcx, registers.rdx);
-        g.set_by_encoding(8, registers.r8);
-        g.set_by_encoding(9, registers.r9);
-        g.rsp = rsp;
-        Ok(())
-    }
-
-    /// Makes a dead sandbox anew from what it was at launch, if the configuration wants that.
-    fn revive(&mut self, call: &Call) {
-        let parts = &mut self.parts;
-        let State::Dead(reason) = parts.state.state() else { return };
-        if reason == Reason::NoEntry || !parts.state.revive() {
-            return;
-        }
-        let failed = parts.pristine.iter().find(|(range, copy)| !parts.mem.write(range.start(), copy));
-        if let Some((range, _)) = failed {
-            warn!("firmware memory {range} cannot be restored");
-            parts.state.kill(reason);
-            return;
-        }
-        warn!("sandbox is made anew as it was at launch");
-        let record = Record::new(Kind::SANDBOX_RESTARTED, call.owner, exposure::now_us(&parts.clock));
-        exposure::record(&record);
-    }
-
-    /// Runs the sandbox until the call ends or has to wait. A guest that takes no interrupts does not wait: its time is
-    /// watched by a timer of the MLE's.
-    fn run(
-        &mut self,
-        call: &Call,
-        cpu: &mut Cpu,
-        interruptible: bool,
-        local: &Xapic<PhysWindow>,
-        ports: Ports,
-    ) -> End {
-        if interruptible {
-            return self.run_with(call, cpu, true, ports, |_| Some(End::Preempted));
-        }
-        let Some(mut timer) = LentTimer::borrow(local) else {
-            return self.run_with(call, cpu, false, ports, |_| None);
-        };
-        let end = self.run_with(call, cpu, true, ports, |cpu| {
-            cpu.take_interrupts();
-            timer.go_on(local);
-            None
-        });
-        timer.give_back(local, || {
-            cpu.take_interrupts();
-            cpu.held_interrupts()
-        });
-        end
-    }
-
-    /// Runs the sandbox until the call ends, or until `interrupted` says that it has to wait.
-    fn run_with(
-        &mut self,
-        call: &Call,
-        cpu: &mut Cpu,
-        interruptible: bool,
-        ports: Ports,
-        mut interrupted: impl FnMut(&mut Cpu) -> Option<End>,
-    ) -> End {
-        let parts = &mut self.parts;
-        loop {
-            let exit = cpu.run_interruptible(&mut parts.vcpu, interruptible);
-            let at_return =
-                matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
-            let answered = match exit {
-                Exit::Memory { gpa, access, .. } => {
-                    let by = (call.owner, call.service);
-                    parts.watch.lock().fault(gpa, access, &parts.mem, by, &parts.clock)
-                }
-                _ => false,
-            };
-            let judged = match exit {
-                _ if at_return => Exit::Hypercall,
-                // It counts for the budgets, as all exits do.
-                _ if answered => Exit::Interrupt,
-                exit => exit,
-            };
-            let al = parts.vcpu.gprs().rax as u8;
-            match parts.state.exit(&judged, at_return, al, parts.clock.now_us()) {
-                Verdict::Resume => match exit {
-                    _ if answered => parts.vcpu.flush_nested(),
-                    Exit::Interrupt => {
-                        if let Some(end) = interrupted(cpu) {
-                            return end;
-                        }
-                    }
-                    _ => {
-                        parts.smi.withdraw_unasked(&parts.mem, call.service, call.owner, &parts.clock);
-                        cpu.let_pending_in();
-                    }
-                },
-                Verdict::Cpuid => {
-                    let v = &mut parts.vcpu;
-                    let (leaf, subleaf) = (v.gprs().rax as u32, v.gprs().rcx as u32);
-                    let [a, b, c, d] = cpuid::cpuid(leaf, subleaf, &v.control(), crate::cpu::native_cpuid);
-                    let g = v.gprs_mut();
-                    (g.rax, g.rbx, g.rcx, g.rdx) = (a.into(), b.into(), c.into(), d.into());
-                    v.advance(TWO_BYTES);
-                }
-                Verdict::PassPort => port_access(&mut parts.vcpu, exit, Some(ports)),
-                Verdict::DenyPort => port_access(&mut parts.vcpu, exit, None),
-                Verdict::DenyMsr => {
-                    let v = &mut parts.vcpu;
-                    if matches!(exit, Exit::MsrRead { .. }) {
-                        let all_ones = u64::from(u32::MAX);
-                        (v.gprs_mut().rax, v.gprs_mut().rdx) = (all_ones, all_ones);
-                    }
-                    v.advance(TWO_BYTES);
-                }
-                Verdict::RaiseSmi { command } => {
-                    let raise = || {
-                        ports.out8(SMI_COMMAND, command);
-                        cpu.let_pending_in();
-                    };
-                    let answer = parts.smi.of_sandbox(
-                        command,
-                        &parts.mem,
-                        call.service,
-                        call.owner,
-                        &parts.clock,
-                        raise,
-                    );
-                    if answer == smi::Answer::Refused {
-                        let reason = Reason::Smi { command };
-                        parts.state.kill(reason);
-                        return End::Dead(reason);
-                    }
-                    finish_port(&mut parts.vcpu, exit);
-                }
-                Verdict::Return => return End::Returned,
-                Verdict::Stop(reason) => return End::Dead(reason),
-            }
-        }
     }
 }
 
@@ -878,74 +575,8 @@ fn staging(parts: &Parts) -> Result<Staging<'_, Identity>, CapsuleError> {
     if parts.staging.is_some() { Staging::new(&parts.mem, range) } else { Err(CapsuleError::Staging(range)) }
 }
 
-/// How a run of the sandbox ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    Returned,
-    Preempted,
-    Dead(Reason),
-}
-
 /// Gives the guest its status.
 fn finish(vcpu: &mut SvmVcpu<'_>, status: Status) {
     vcpu.gprs_mut().rax = status.0 as u64;
     vcpu.advance(HYPERCALL_LENGTH);
-}
-
-/// Where the sandbox sees the call buffer: at the end of its area.
-fn buffer_at(area: PhysRange) -> u64 {
-    area.last().wrapping_sub(CALL_BUFFER_SIZE as u64).wrapping_add(1)
-}
-
-enum Direction {
-    ToSandbox,
-    FromSandbox,
-}
-
-/// Copies what a call uses of the call buffer between the MLE and the sandbox: each side works on its own.
-fn copy_buffer(
-    area: PhysRange,
-    own: &mut CallBuffer,
-    mem: &Identity,
-    pending: &Pending,
-    direction: Direction,
-) {
-    let (at, used) = (buffer_at(area), ..pending.used_bytes());
-    match direction {
-        Direction::ToSandbox => mem.write(at, own.as_bytes().get(used).unwrap_or_default()),
-        Direction::FromSandbox => mem.read(at, own.as_mut_bytes().get_mut(used).unwrap_or_default()),
-    };
-}
-
-/// Goes on after an intercepted port access.
-pub fn finish_port(vcpu: &mut SvmVcpu<'_>, exit: Exit) {
-    if let Exit::Port { next_rip, .. } = exit {
-        vcpu.skip_to(next_rip);
-    }
-}
-
-/// Does a port access for a virtual machine, or pretends that no device is there.
-pub fn port_access(vcpu: &mut SvmVcpu<'_>, exit: Exit, ports: Option<Ports>) {
-    let Exit::Port { port, size, input, next_rip, .. } = exit else { return };
-    let rax = vcpu.gprs().rax;
-    if input {
-        let value = match (ports, size) {
-            (Some(p), 1) => p.in8(port).into(),
-            (Some(p), 2) => p.in16(port).into(),
-            (Some(p), _) => u64::from(p.in32(port)),
-            (None, _) => u64::MAX,
-        };
-        vcpu.gprs_mut().rax = match size {
-            1 => rax & !0xff | value & 0xff,
-            2 => rax & !0xffff | value & 0xffff,
-            _ => value & 0xffff_ffff,
-        };
-    } else if let Some(p) = ports {
-        match size {
-            1 => p.out8(port, rax as u8),
-            2 => p.out16(port, rax as u16),
-            _ => p.out32(port, rax as u32),
-        }
-    }
-    vcpu.skip_to(next_rip);
 }

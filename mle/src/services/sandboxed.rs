@@ -1,0 +1,217 @@
+//! The run of a call in the sandbox: entry, exits, end.
+
+use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pending};
+use firmware::exposure::{Kind, Record};
+use firmware::sandbox::{NotReady, Reason, SMI_COMMAND, State, Verdict};
+use hv::addr::PhysRange;
+use hv::io::{Clock, PhysMem, PortIo};
+use hv::vcpu::{Access, Exit, Vcpu};
+use log::warn;
+use zerocopy::IntoBytes;
+
+use super::{Call, Services};
+use crate::apic::Xapic;
+use crate::cpu::Cpu;
+use crate::guest::cpuid;
+use crate::guest::exits::TWO_BYTES;
+use crate::guest::ports::{finish_port, port_access};
+use crate::lent_timer::LentTimer;
+use crate::metal::{Identity, PhysWindow, Ports};
+use crate::{exposure, smi};
+
+impl Services {
+    /// Gives the sandbox what a call uses of the MLE's call buffer.
+    pub(super) fn hand_over(&mut self, pending: &Pending) {
+        let parts = &mut self.parts;
+        copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::ToSandbox);
+    }
+
+    /// Prepares the sandbox for a call. What the call needs of memory is in place.
+    pub(super) fn enter(&mut self, call: &Call, registers: &FirmwareCall) -> Result<(), NotReady> {
+        self.revive(call);
+        let parts = &mut self.parts;
+        let Some(entry) = parts.entries.get(registers.service.index()).copied().flatten() else {
+            parts.state.kill(Reason::NoEntry);
+            self.died(call, Reason::NoEntry);
+            return Err(NotReady::Dead(Reason::NoEntry));
+        };
+        parts.state.start(parts.clock.now_us())?;
+        let frame = registers.frame(parts.return_to);
+        // Aligned so that RSP is 8 modulo 16 at the entry point.
+        let rsp = buffer_at(parts.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
+        for (at, word) in (rsp..).step_by(8).zip(frame) {
+            parts.mem.write(at, &word.to_le_bytes());
+        }
+        parts.vcpu.start_long_mode(entry, rsp, self.root, (0, 0));
+        let g = parts.vcpu.gprs_mut();
+        (g.rcx, g.rdx) = (registers.rcx, registers.rdx);
+        g.set_by_encoding(8, registers.r8);
+        g.set_by_encoding(9, registers.r9);
+        g.rsp = rsp;
+        Ok(())
+    }
+
+    /// Makes a dead sandbox anew from what it was at launch, if the configuration wants that.
+    pub(super) fn revive(&mut self, call: &Call) {
+        let parts = &mut self.parts;
+        let State::Dead(reason) = parts.state.state() else { return };
+        if reason == Reason::NoEntry || !parts.state.revive() {
+            return;
+        }
+        let failed = parts.pristine.iter().find(|(range, copy)| !parts.mem.write(range.start(), copy));
+        if let Some((range, _)) = failed {
+            warn!("firmware memory {range} cannot be restored");
+            parts.state.kill(reason);
+            return;
+        }
+        warn!("sandbox is made anew as it was at launch");
+        let record = Record::new(Kind::SANDBOX_RESTARTED, call.owner, exposure::now_us(&parts.clock));
+        exposure::record(&record);
+    }
+
+    /// Runs the sandbox until the call ends or has to wait. A guest that takes no interrupts does not wait: its time is
+    /// watched by a timer of the MLE's.
+    pub(super) fn run(
+        &mut self,
+        call: &Call,
+        cpu: &mut Cpu,
+        interruptible: bool,
+        local: &Xapic<PhysWindow>,
+        ports: Ports,
+    ) -> End {
+        if interruptible {
+            return self.run_with(call, cpu, true, ports, |_| Some(End::Preempted));
+        }
+        let Some(mut timer) = LentTimer::borrow(local) else {
+            return self.run_with(call, cpu, false, ports, |_| None);
+        };
+        let end = self.run_with(call, cpu, true, ports, |cpu| {
+            cpu.take_interrupts();
+            timer.go_on(local);
+            None
+        });
+        timer.give_back(local, || {
+            cpu.take_interrupts();
+            cpu.held_interrupts()
+        });
+        end
+    }
+
+    /// Runs the sandbox until the call ends, or until `interrupted` says that it has to wait.
+    fn run_with(
+        &mut self,
+        call: &Call,
+        cpu: &mut Cpu,
+        interruptible: bool,
+        ports: Ports,
+        mut interrupted: impl FnMut(&mut Cpu) -> Option<End>,
+    ) -> End {
+        let parts = &mut self.parts;
+        loop {
+            let exit = cpu.run_interruptible(&mut parts.vcpu, interruptible);
+            let at_return =
+                matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
+            let answered = match exit {
+                Exit::Memory { gpa, access, .. } => {
+                    let by = (call.owner, call.service);
+                    parts.watch.lock().fault(gpa, access, &parts.mem, by, &parts.clock)
+                }
+                _ => false,
+            };
+            let judged = match exit {
+                _ if at_return => Exit::Hypercall,
+                // It counts for the budgets, as all exits do.
+                _ if answered => Exit::Interrupt,
+                exit => exit,
+            };
+            let al = parts.vcpu.gprs().rax as u8;
+            match parts.state.exit(&judged, at_return, al, parts.clock.now_us()) {
+                Verdict::Resume => match exit {
+                    _ if answered => parts.vcpu.flush_nested(),
+                    Exit::Interrupt => {
+                        if let Some(end) = interrupted(cpu) {
+                            return end;
+                        }
+                    }
+                    _ => {
+                        parts.smi.withdraw_unasked(&parts.mem, call.service, call.owner, &parts.clock);
+                        cpu.let_pending_in();
+                    }
+                },
+                Verdict::Cpuid => {
+                    let v = &mut parts.vcpu;
+                    let (leaf, subleaf) = (v.gprs().rax as u32, v.gprs().rcx as u32);
+                    let [a, b, c, d] = cpuid::cpuid(leaf, subleaf, &v.control(), crate::cpu::native_cpuid);
+                    let g = v.gprs_mut();
+                    (g.rax, g.rbx, g.rcx, g.rdx) = (a.into(), b.into(), c.into(), d.into());
+                    v.advance(TWO_BYTES);
+                }
+                Verdict::PassPort => port_access(&mut parts.vcpu, exit, Some(ports)),
+                Verdict::DenyPort => port_access(&mut parts.vcpu, exit, None),
+                Verdict::DenyMsr => {
+                    let v = &mut parts.vcpu;
+                    if matches!(exit, Exit::MsrRead { .. }) {
+                        let all_ones = u64::from(u32::MAX);
+                        (v.gprs_mut().rax, v.gprs_mut().rdx) = (all_ones, all_ones);
+                    }
+                    v.advance(TWO_BYTES);
+                }
+                Verdict::RaiseSmi { command } => {
+                    let raise = || {
+                        ports.out8(SMI_COMMAND, command);
+                        cpu.let_pending_in();
+                    };
+                    let answer = parts.smi.of_sandbox(
+                        command,
+                        &parts.mem,
+                        call.service,
+                        call.owner,
+                        &parts.clock,
+                        raise,
+                    );
+                    if answer == smi::Answer::Refused {
+                        let reason = Reason::Smi { command };
+                        parts.state.kill(reason);
+                        return End::Dead(reason);
+                    }
+                    finish_port(&mut parts.vcpu, exit);
+                }
+                Verdict::Return => return End::Returned,
+                Verdict::Stop(reason) => return End::Dead(reason),
+            }
+        }
+    }
+}
+
+/// How a run of the sandbox ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Returned,
+    Preempted,
+    Dead(Reason),
+}
+
+/// Where the sandbox sees the call buffer: at the end of its area.
+pub(super) fn buffer_at(area: PhysRange) -> u64 {
+    area.last().wrapping_sub(CALL_BUFFER_SIZE as u64).wrapping_add(1)
+}
+
+pub(super) enum Direction {
+    ToSandbox,
+    FromSandbox,
+}
+
+/// Copies what a call uses of the call buffer between the MLE and the sandbox: each side works on its own.
+pub(super) fn copy_buffer(
+    area: PhysRange,
+    own: &mut CallBuffer,
+    mem: &Identity,
+    pending: &Pending,
+    direction: Direction,
+) {
+    let (at, used) = (buffer_at(area), ..pending.used_bytes());
+    match direction {
+        Direction::ToSandbox => mem.write(at, own.as_bytes().get(used).unwrap_or_default()),
+        Direction::FromSandbox => mem.read(at, own.as_mut_bytes().get_mut(used).unwrap_or_default()),
+    };
+}
