@@ -56,6 +56,8 @@ pub struct FakeMachine {
     pub steps: usize,
     pub detached: bool,
     pub script: VecDeque<Event>,
+    /// What a CPU that runs alone becomes, each time.
+    pub alone: VecDeque<FakeCpu>,
     selected: usize,
 }
 
@@ -92,6 +94,12 @@ impl FakeMachine {
         if let Some(thread) = packet.strip_prefix("Hg") {
             self.selected = usize::from_str_radix(thread, 16).unwrap() - 1;
             return ok();
+        }
+        if let Some(thread) = packet.strip_prefix("vCont;c:") {
+            if let Some(cpu) = self.alone.pop_front() {
+                self.cpus[usize::from_str_radix(thread, 16).unwrap() - 1] = cpu;
+            }
+            return Some(format!("T02thread:{thread};"));
         }
         if packet.starts_with("vCont;s:") {
             self.steps += 1;

@@ -5,6 +5,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 const REPLY_TIME: Duration = Duration::from_secs(30);
 /// Bytes of memory per packet: two hex digits each must fit QEMU's 4096-byte packets.
 const MEMORY_CHUNK: usize = 1024;
+/// The byte that stops a running machine.
+const INTERRUPT: &[u8] = b"\x03";
 
 /// What a breakpoint waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,6 +157,15 @@ impl Gdb {
     /// Runs one instruction on one CPU while the others rest; breakpoints on it do not count.
     pub fn step(&mut self, thread: &str) -> Result<()> {
         let reply = self.request(&format!("vCont;s:{thread}"))?;
+        parse_stop(&reply).map(drop)
+    }
+
+    /// Lets one CPU run for a while, and the others rest.
+    pub fn run_alone(&mut self, thread: &str, time: Duration) -> Result<()> {
+        self.send(&format!("vCont;c:{thread}"))?;
+        thread::sleep(time);
+        self.stream.write_all(INTERRUPT).context("gdb stub: sending an interrupt")?;
+        let reply = self.receive(Some(REPLY_TIME))?.context("gdb stub: connection closed while a CPU ran")?;
         parse_stop(&reply).map(drop)
     }
 

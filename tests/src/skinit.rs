@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
@@ -35,6 +35,9 @@ const CANDIDATES: std::ops::Range<u64> = 1..0x9f;
 const PAGE: u64 = 0x1000;
 /// What RIP, CS and CR0 hold on a CPU that INIT has reset and no SIPI has started.
 const INIT_STATE: [(&str, u64); 3] = [("rip", 0xfff0), ("cs", 0xf000), ("cr0", 0x6000_0010)];
+/// How often, and how long each time, a CPU may run until it has carried out its INIT.
+const INIT_WAITS: usize = 20;
+const INIT_WAIT: Duration = Duration::from_millis(50);
 
 /// A CPU, a TPM or a loader that does not do what it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -248,15 +251,28 @@ impl Part {
                 }
                 continue;
             }
-            self.gdb.select(&other)?;
-            for (register, value) in INIT_STATE {
-                if self.gdb.register(register)? != value {
-                    busy = Some(other.clone());
+            // On a busy host the emulator carries out an INIT later than any CPU does.
+            let mut waits = 0..INIT_WAITS;
+            while !self.in_init(&other)? {
+                if waits.next().is_none() {
+                    busy = Some(other);
+                    break;
                 }
+                self.gdb.run_alone(&other, INIT_WAIT)?;
             }
         }
         self.gdb.select(launching)?;
         Ok(busy)
+    }
+
+    fn in_init(&mut self, cpu: &str) -> Result<bool> {
+        self.gdb.select(cpu)?;
+        for (register, value) in INIT_STATE {
+            if self.gdb.register(register)? != value {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Brings the CPU into the state of an SLB's first instruction.
@@ -430,6 +446,15 @@ mod tests {
         assert_eq!(requests.len(), 0);
         // The SLB is entered all the same: the CPU does not wait for an answer.
         assert_eq!(player.stage(), Stage::Slb);
+    }
+
+    #[test]
+    fn an_init_that_is_on_its_way_is_waited_for() {
+        let running = FakeCpu::from([("rip", 0xfff1), ("cs", 0xf000), ("cr0", 0x6000_0010)]);
+        let stub = machine(vec![running]);
+        stub.machine().alone.extend([FakeCpu::default(), FakeCpu::in_init()]);
+        let (player, _) = play(&stub, None);
+        assert_eq!(player.launch().unwrap().refused, None);
     }
 
     #[test]
