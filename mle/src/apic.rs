@@ -1,5 +1,7 @@
 //! The local APIC, as far as the MLE drives it: finding it, and sending IPIs to start and wake APs.
 
+use core::ops::RangeInclusive;
+
 use hv::io::{Clock, Mmio, Msr, TimedOut, poll_until};
 
 /// Where the xAPIC page is; a loader that moved it is refused.
@@ -13,6 +15,7 @@ pub const ICR_LOW: u32 = 0x300;
 pub const ICR_HIGH: u32 = 0x310;
 const ID: u32 = 0x20;
 const SPURIOUS: u32 = 0xf0;
+const TASK_PRIORITY: u32 = 0x80;
 const DELIVERY_PENDING: u32 = 1 << 12;
 /// Longest wait for an IPI to leave, in microseconds.
 const SEND_BUDGET_US: u64 = 100_000;
@@ -79,13 +82,35 @@ impl<M: Mmio> Xapic<M> {
         self.0.read32(ID) >> 24
     }
 
-    /// Lets the APIC deliver interrupts (software enable), spurious vector FFh.
-    pub fn enable(&self) {
+    /// Whether the APIC delivers interrupts (software enable).
+    pub fn is_enabled(&self) -> bool {
+        self.0.read32(SPURIOUS) & 1 << 8 != 0
+    }
+
+    /// As after INIT, but for what the MLE needs: interrupts of the top class are delivered.
+    pub fn quiet(&self) {
+        const END_OF_INTERRUPT: u32 = 0xb0;
+        const IN_SERVICE: u32 = 0x100;
+        const LOCAL_VECTORS: RangeInclusive<u32> = 0x320..=0x370;
+        const MASKED: u32 = 1 << 16;
+        const INITIAL_COUNT: u32 = 0x380;
         self.0.write32(SPURIOUS, 0x1ff);
+        self.0.write32(TASK_PRIORITY, 0xe0);
+        for vector in LOCAL_VECTORS.step_by(0x10) {
+            self.0.write32(vector, MASKED);
+        }
+        self.0.write32(INITIAL_COUNT, 0);
+        // Each ends one of the interrupts that the guest was in.
+        for word in (IN_SERVICE..).step_by(0x10).take(8) {
+            for _ in 0..self.0.read32(word).count_ones() {
+                self.0.write32(END_OF_INTERRUPT, 0);
+            }
+        }
     }
 
     /// Turns delivery off, as after reset: the guest enables its own.
     pub fn disable(&self) {
+        self.0.write32(TASK_PRIORITY, 0);
         self.0.write32(SPURIOUS, 0xff);
     }
 

@@ -31,16 +31,18 @@ const VM_CR_DIS_A20M: u64 = 1 << 2;
 /// Pages of an interrupt stack, under a guard page.
 const IST_PAGES: u64 = 2;
 
-/// The memory that a CPU needs, allocated before it starts.
+/// The memory that a CPU needs, allocated before it starts. A CPU that is reset starts with the same again.
+#[derive(Clone, Copy)]
 pub struct CpuMemory {
-    tables: &'static mut trap::Tables,
+    tables: *mut trap::Tables,
     arrived: &'static Arrived,
     stacks: [u64; IST_STACKS],
     host_save: u64,
     vmload_area: u64,
-    /// Its guest VMCB.
-    pub vmcb: &'static mut Vmcb,
+    vmcb: *mut Vmcb,
 }
+// SAFETY: the memory belongs to one CPU, whichever one makes use of it: `Cpu::load` says so.
+unsafe impl Send for CpuMemory {}
 
 impl CpuMemory {
     /// Takes pages for one CPU; guard pages under stacks are unmapped from `own`, once that is known.
@@ -55,8 +57,8 @@ impl CpuMemory {
         }
         let arrived_at = block.checked_add(size_of::<trap::Tables>() as u64)?;
         Some(Self {
-            // SAFETY: fresh zeroed pages, aligned to more than both types ask; zeros are valid for both.
-            tables: unsafe { &mut *(block as *mut trap::Tables) },
+            // Fresh zeroed pages, aligned to more than both types ask; zeros are valid for both.
+            tables: block as *mut trap::Tables,
             // SAFETY: as above, behind the tables, whose size is a multiple of their alignment.
             arrived: unsafe { &*(arrived_at as *const Arrived) },
             stacks,
@@ -90,10 +92,13 @@ impl Cpu {
     /// Loads this CPU's descriptor tables. Gives what [`Cpu::enable_svm`] needs, and the VMCB.
     ///
     /// # Safety
-    /// On bare metal at CPL 0, GIF clear, once for each CPU; `first` on the BSP before the others run.
+    /// On bare metal at CPL 0, GIF clear, once for each CPU and each time that it was reset, with the same memory; `first`
+    /// on the BSP before the others run.
     pub unsafe fn load(memory: CpuMemory, first: bool) -> (Self, &'static mut Vmcb) {
-        // SAFETY: `CpuMemory::new` took the pages for this CPU alone, for ever.
-        unsafe { memory.tables.load(memory.arrived, memory.stacks, first) };
+        // SAFETY: `CpuMemory::new` took the pages for one CPU, for ever, and that CPU comes here with nothing else.
+        let (tables, vmcb) = unsafe { (&mut *memory.tables, &mut *memory.vmcb) };
+        // SAFETY: as above.
+        unsafe { tables.load(memory.arrived, memory.stacks, first) };
         let cpu = Self {
             arrived: memory.arrived,
             host_save: memory.host_save,
@@ -104,7 +109,7 @@ impl Cpu {
             guarded_init: false,
             ignores_a20: false,
         };
-        (cpu, memory.vmcb)
+        (cpu, vmcb)
     }
 
     /// Turns SVM on.

@@ -370,7 +370,9 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
         pool.left() / 1024
     );
     logger::guest_has_the_port();
-    run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0)
+    loop {
+        run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0);
+    }
 }
 
 /// The part of the SLB that the CPU measured, as the SLB's own header has it.

@@ -1,6 +1,7 @@
 //! The run loop of a guest CPU.
 
 use core::fmt::Write;
+use core::mem::replace;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use firmware::exposure::{self as log_format, Decision, Kind, Record};
@@ -103,7 +104,7 @@ pub fn write_refusals(out: &mut impl Write) {
     }
 }
 
-/// Runs the guest on this CPU for ever.
+/// Runs the guest on this CPU until it sends INIT to it. For the first CPU there is no such end.
 pub fn guest(
     cpu: &mut Cpu,
     vcpu: &mut SvmVcpu<'_>,
@@ -112,9 +113,13 @@ pub fn guest(
     clock: &TscClock,
     ports: Ports,
     index: usize,
-) -> ! {
+) {
     let mut branch_trap = false;
+    let mut has_kernel = false;
     loop {
+        if smp::before_run(index, cpu, vcpu, window, local, clock) {
+            return;
+        }
         let exit = cpu.run(vcpu);
         count(index, &exit); // before it is handled: the exit that ends us is in the statistics
         if let Some(step) = vcpu.end_step(exit) {
@@ -124,7 +129,8 @@ pub fn guest(
             vcpu.flush_nested();
             if collected && step.executed {
                 let destination = local.0.read32(ICR_HIGH) >> 24;
-                smp::command(Command { low: window.written(), destination }, local, clock);
+                let command = Command { low: window.written(), destination };
+                smp::command(command, cpu.redirects_init(), local, clock);
             }
             if step.answered {
                 continue;
@@ -139,7 +145,7 @@ pub fn guest(
                     exposure::record(&refusal.on_record(local.id(), clock));
                 }
             }
-            Next::Apic { .. } if !smp::any_parked() => window.set(View::Device),
+            Next::Apic { .. } if smp::open(index, window) => {}
             Next::Apic { offset, access } => {
                 let is_command = offset & !0xf == ICR_LOW && access == Access::Write;
                 window.set(if is_command { View::Shadow } else { View::Device });
@@ -152,10 +158,9 @@ pub fn guest(
                 cpu.let_pending_in();
                 smi::arrived(index, local.id(), clock.now_us().saturating_sub(since), clock);
             }
-            Next::Init => {
-                cpu.let_pending_in();
-                cpu.init_arrived();
-            }
+            Next::Init if cpu.redirects_init() => cpu.let_pending_in(),
+            // It cannot be dropped, and the Startup IPI behind it must not start the CPU past the MLE.
+            Next::Init => fatal::end_by_guest(ports, format_args!("INIT to CPU {index}")),
             Next::Firmware => match services::call(cpu, vcpu, local, ports) {
                 services::Next::Resume => {}
                 // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
@@ -182,6 +187,20 @@ pub fn guest(
                 let why = format_args!("guest exit: {exit}; {}", cpu::describe(vcpu));
                 fatal::stop(MleError::GuestExit, 0, why);
             }
+        }
+        match exit {
+            // A kernel begins to run, at low addresses, where another has run: kexec, with the other CPUs stopped.
+            Exit::Cpuid if vcpu.cpl() == 0 => {
+                let low = vcpu.rip() >> 63 == 0;
+                if replace(&mut has_kernel, !low) && low {
+                    smp::kick(index, cpu.redirects_init(), local, clock);
+                }
+            }
+            // The last that a kernel does on a CPU that it takes off line, after it turned the APIC off.
+            Exit::InvalidateCaches if smp::look(index, local) => {
+                smp::kick(index, cpu.redirects_init(), local, clock)
+            }
+            _ => {}
         }
         // What waits for the guest's own use of the TPM is tried again at the next exit.
         let _ = exposure::settle(clock);

@@ -2,26 +2,31 @@
 //!
 //! After SKINIT an AP waits for a Startup IPI and must get no INIT. The MLE starts them all before the guest runs, so
 //! that none can be started past it, and parks them in HLT with GIF set: an SMI must find all CPUs able to
-//! meet. While an AP is parked the guest's APIC page is watched, see [`crate::guest::apic_window`].
+//! meet. While the guest may want to start an AP its APIC page is watched, see [`crate::guest::apic_window`].
+//!
+//! An INIT that the guest sends to an AP that runs it parks that AP again. It is dropped where VM_CR.R_INIT holds; elsewhere
+//! it resets the AP, which is started into the MLE at once. The Startup IPI that follows must be seen: so the APIC page is
+//! watched as soon as the guest has stopped a CPU, which shows by its APIC being turned off.
 //!
 //! UNSAFETY: the start-up code, and the pages that it runs from.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 use core::arch::global_asm;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use heapless::Vec;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::failure::MleError;
-use hv::io::poll_until;
+use hv::io::{Mmio, poll_until};
+use hv::vcpu::Vcpu;
 use spin::Mutex;
 use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::apic::{Command, Xapic, delivery};
+use crate::apic::{Command, ICR_HIGH, Xapic, delivery};
 use crate::cpu::{Cpu, CpuMemory};
-use crate::guest::apic_window::ApicWindow;
+use crate::guest::apic_window::{ApicWindow, View};
 use crate::metal::{PhysWindow, Ports, TscClock};
 use crate::pool::PagePool;
 use crate::{apic, fatal, paging, run, trap};
@@ -32,6 +37,12 @@ pub const MAX_CPUS: usize = 64;
 const STACK_PAGES: u64 = 16;
 /// Longest wait for all APs to arrive, in microseconds: real ones take some hundred.
 const ARRIVAL_BUDGET_US: u64 = 2_000_000;
+/// Longest that a Startup IPI of the guest waits for an AP that is on its way to being parked, in microseconds.
+const PARK_BUDGET_US: u64 = 200_000;
+/// Longest wait for one AP that was sent a Startup IPI of the MLE's, in microseconds, before another is sent.
+const RESTART_BUDGET_US: u64 = 10_000;
+/// Longest wait for an INIT that another CPU is sending, in microseconds.
+const KICK_BUDGET_US: u64 = 100_000;
 
 /// What the start-up code needs; lies in the launch page at [`PARAMS_AT`], at offsets that the code names.
 #[derive(IntoBytes, Immutable)]
@@ -147,6 +158,12 @@ enum State {
     Starting = 2,
     /// Runs the guest.
     Running = 3,
+    /// Runs the guest, which has turned its APIC off: the next sign of life will be an INIT.
+    Stopped = 4,
+    /// Reset by an INIT, or about to be, on a CPU without VM_CR.R_INIT.
+    Reset = 5,
+    /// Reset, and sent a Startup IPI of the MLE's.
+    Restarting = 6,
 }
 
 /// What CPUs know of each other.
@@ -154,6 +171,29 @@ struct Slot {
     state: AtomicU32,
     apic_id: AtomicU32,
     vector: AtomicU32,
+    /// Its view of the APIC page is open for good.
+    open: AtomicBool,
+    /// Another CPU wants it to look at [`Slot::state`], and sent an INIT or SMI to have it do so.
+    kicked: AtomicBool,
+}
+
+impl Slot {
+    fn is(&self, state: State) -> bool {
+        self.state.load(Ordering::SeqCst) == state as u32
+    }
+
+    fn set(&self, state: State) {
+        self.state.store(state as u32, Ordering::SeqCst);
+    }
+
+    /// Goes from one state to another; false if it was in neither of them.
+    fn change(&self, from: State, to: State) -> bool {
+        self.state.compare_exchange(from as u32, to as u32, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    fn id(&self) -> u32 {
+        self.apic_id.load(Ordering::Relaxed)
+    }
 }
 
 static SLOTS: [Slot; MAX_CPUS] = [const {
@@ -161,14 +201,22 @@ static SLOTS: [Slot; MAX_CPUS] = [const {
         state: AtomicU32::new(State::Absent as u32),
         apic_id: AtomicU32::new(0),
         vector: AtomicU32::new(0),
+        open: AtomicBool::new(false),
+        kicked: AtomicBool::new(false),
     }
 }; MAX_CPUS];
+/// How many CPUs there are.
+static COUNT: AtomicUsize = AtomicUsize::new(0);
 static ARRIVED: AtomicU32 = AtomicU32::new(0);
 static NEXT: AtomicU32 = AtomicU32::new(0);
 static ROOT: AtomicU64 = AtomicU64::new(0);
-static SETUPS: Mutex<Vec<Setup, MAX_CPUS>> = Mutex::new(Vec::new());
+/// Startup vector of the launch page.
+static START_VECTOR: AtomicU32 = AtomicU32::new(0);
+/// What each AP takes when it arrives, by its number.
+static SETUPS: Mutex<[Option<Setup>; MAX_CPUS]> = Mutex::new([const { None }; MAX_CPUS]);
 
-/// What an AP takes with it.
+/// What an AP takes with it, each time that it starts.
+#[derive(Clone)]
 pub struct Setup {
     /// Its memory.
     pub memory: CpuMemory,
@@ -229,8 +277,9 @@ pub fn start(
     let want = u32::try_from(setups.len()).unwrap_or(u32::MAX);
     if let Some(bsp) = SLOTS.first() {
         bsp.apic_id.store(local.id(), Ordering::Relaxed);
-        bsp.state.store(State::Running as u32, Ordering::Release);
+        bsp.set(State::Running);
     }
+    COUNT.store(setups.len().saturating_add(1), Ordering::Release);
     if want == 0 {
         return Ok(());
     }
@@ -246,7 +295,9 @@ pub fn start(
         };
     }
     ROOT.store(own.root(), Ordering::Release);
-    *SETUPS.lock() = setups;
+    for (place, setup) in SETUPS.lock().iter_mut().zip(setups) {
+        *place = Some(setup);
+    }
 
     let base = page.start();
     let len = offset(&raw const ap_end) as usize;
@@ -275,6 +326,7 @@ pub fn start(
 
     const ALL_BUT_SELF: u32 = 3 << 18;
     let vector = (base >> 12) as u32;
+    START_VECTOR.store(vector, Ordering::Relaxed);
     local
         .send(clock, ALL_BUT_SELF | 1 << 14 | delivery::STARTUP << 8 | vector, 0)
         .map_err(|_| SmpError::Send)?;
@@ -285,57 +337,199 @@ pub fn start(
 
 /// An AP's first Rust.
 extern "sysv64" fn entry(index: u32) -> ! {
-    let setup = SETUPS.lock().pop();
-    let Some(Setup { memory, vm, mut window, clock, smep }) = setup else {
+    let number = usize::try_from(index).unwrap_or(usize::MAX);
+    let setup = SETUPS.lock().get(number).and_then(Clone::clone);
+    let number = number.saturating_add(1);
+    let (Some(mut setup), Some(slot)) = (setup, SLOTS.get(number)) else {
         fatal::stop(MleError::Cpu, index as u16, format_args!("AP {index} has no set-up"))
     };
-    // SAFETY: this CPU came from the start-up code with GIF clear (after SKINIT) or interrupts off, once.
-    let (mut cpu, vmcb) = unsafe { Cpu::load(memory, false) };
+    // SAFETY: this CPU came from the start-up code with GIF clear (after SKINIT) or interrupts off, once; or it was reset,
+    // and what it had from this memory before is gone with that.
+    let (mut cpu, vmcb) = unsafe { Cpu::load(setup.memory, false) };
     // SAFETY: the tables the CPU runs on already.
-    unsafe { paging::activate(ROOT.load(Ordering::Acquire), smep) };
+    unsafe { paging::activate(ROOT.load(Ordering::Acquire), setup.smep) };
     cpu.enable_svm();
     // SAFETY: the APIC page is mapped uncached.
     let local = Xapic(unsafe { PhysWindow::new(apic::XAPIC_BASE, PAGE_SIZE as u32) });
-    let slot = usize::try_from(index).ok().and_then(|i| SLOTS.get(i.checked_add(1)?));
-    let Some(slot) = slot else {
-        fatal::stop(MleError::Cpu, index as u16, format_args!("AP {index} is one too many"))
-    };
-    slot.apic_id.store(local.id(), Ordering::Relaxed);
-    slot.state.store(State::Parked as u32, Ordering::Release);
-    local.enable();
-    ARRIVED.fetch_add(1, Ordering::AcqRel);
-    while slot.state.load(Ordering::Acquire) != State::Starting as u32 {
-        cpu.doze();
-    }
-    local.disable();
-    let mut vcpu = SvmVcpu::new(vmcb, Role::Guest, &vm);
-    vcpu.start_at(slot.vector.load(Ordering::Relaxed) as u8);
-    slot.state.store(State::Running as u32, Ordering::Release);
     // SAFETY: CPL 0 on bare metal.
     let ports = unsafe { Ports::new() };
-    let number = usize::try_from(index).unwrap_or(0).saturating_add(1);
-    run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, number)
+    let clock = setup.clock;
+    slot.apic_id.store(local.id(), Ordering::Relaxed);
+    slot.set(State::Parked);
+    ARRIVED.fetch_add(1, Ordering::AcqRel);
+    loop {
+        setup.window.set(View::Watched);
+        slot.open.store(false, Ordering::SeqCst);
+        local.quiet();
+        while !slot.is(State::Starting) {
+            cpu.doze();
+        }
+        // The wake-up may still be on its way, and what came meanwhile is not the guest's: it was in INIT.
+        cpu.take_interrupts();
+        local.disable();
+        let _ = (cpu.held_interrupts(), cpu.init_arrived());
+        let mut vcpu = SvmVcpu::new(&mut *vmcb, Role::Guest, &setup.vm);
+        vcpu.start_at(slot.vector.load(Ordering::Relaxed) as u8);
+        slot.set(State::Running);
+        run::guest(&mut cpu, &mut vcpu, &mut setup.window, &local, &clock, ports, number);
+
+        // The guest sent INIT, and will send a Startup IPI.
+        slot.set(State::Parked);
+        kick(number, true, &local, &clock);
+    }
 }
 
-/// Whether an AP still waits for the guest.
-pub fn any_parked() -> bool {
-    SLOTS.iter().any(|s| s.state.load(Ordering::Acquire) == State::Parked as u32)
+/// All CPUs that there are.
+fn slots() -> impl Iterator<Item = &'static Slot> {
+    SLOTS.iter().take(COUNT.load(Ordering::Acquire))
+}
+
+/// The boot processor's APIC ID.
+fn boot_id() -> u32 {
+    SLOTS.first().map_or(0, Slot::id)
+}
+
+/// All CPUs but one whose view of the APIC page is open.
+fn open_but(this: usize) -> impl Iterator<Item = &'static Slot> {
+    let others = slots().enumerate().filter(move |(i, _)| *i != this).map(|(_, slot)| slot);
+    others.filter(|slot| slot.open.load(Ordering::SeqCst))
+}
+
+/// Has all other CPUs that run the guest come out of it and take note: of whether it stopped them, and of who waits.
+pub fn kick(this: usize, redirects_init: bool, local: &Xapic<PhysWindow>, clock: &TscClock) {
+    // Intercepted by every guest CPU: the one is dropped, the other finds nothing to do.
+    let mode = if redirects_init { delivery::INIT } else { delivery::SMI };
+    let mut any = false;
+    for slot in open_but(this) {
+        any = true;
+        slot.kicked.store(true, Ordering::SeqCst);
+        send(local, clock, mode << 8 | 1 << 14, slot.id());
+    }
+    if any && !redirects_init {
+        // Firmware would wait for this CPU, too.
+        send(local, clock, mode << 8 | 1 << 14, local.id());
+    }
+}
+
+/// Sends a command of the MLE's. The guest may be between the two halves of one of its own.
+fn send(local: &Xapic<PhysWindow>, clock: &TscClock, low: u32, destination: u32) {
+    let half = local.0.read32(ICR_HIGH);
+    // One that does not leave has no effect: whoever needs it waits for that with a limit.
+    let _ = local.send(clock, low, destination);
+    local.0.write32(ICR_HIGH, half);
+}
+
+/// Whether the guest may be about to start an AP: then its APIC page is watched.
+fn any_waiting() -> bool {
+    slots().any(|s| !(s.is(State::Running) || s.is(State::Absent) || s.is(State::Starting)))
+}
+
+/// Opens the view of the APIC page for good, if nothing is to be seen there.
+pub fn open(index: usize, window: &mut ApicWindow) -> bool {
+    let Some(slot) = SLOTS.get(index) else { return false };
+    // This order, and the other one where a CPU comes to wait: one of the two sees the other.
+    slot.open.store(true, Ordering::SeqCst);
+    if any_waiting() {
+        slot.open.store(false, Ordering::SeqCst);
+        return false;
+    }
+    window.set(View::Device);
+    true
+}
+
+/// What is due before the guest runs on. True if it must not: an INIT came for it.
+pub fn before_run(
+    index: usize,
+    cpu: &mut Cpu,
+    vcpu: &mut SvmVcpu<'_>,
+    window: &mut ApicWindow,
+    local: &Xapic<PhysWindow>,
+    clock: &TscClock,
+) -> bool {
+    let Some(slot) = SLOTS.get(index) else { return false };
+    if slot.kicked.swap(false, Ordering::SeqCst) {
+        look(index, local);
+        if cpu.redirects_init() {
+            // It may still be on its way, and must not be taken for one of the guest's.
+            let _ = poll_until(clock, KICK_BUDGET_US, || {
+                cpu.let_pending_in();
+                cpu.init_arrived()
+            });
+        }
+    } else if cpu.init_arrived() && index != 0 {
+        return true;
+    }
+    if any_waiting() {
+        if slot.open.load(Ordering::SeqCst) {
+            window.set(View::Watched);
+            vcpu.flush_nested();
+            slot.open.store(false, Ordering::SeqCst);
+        }
+        restart_reset(local, clock);
+    }
+    false
+}
+
+/// Takes note of whether the guest has turned this CPU's APIC off. Gives whether it has just done so.
+pub fn look(index: usize, local: &Xapic<PhysWindow>) -> bool {
+    // The boot processor starts at its firmware after an INIT: that is a reset, and no matter of ours.
+    let Some(slot) = SLOTS.get(index).filter(|_| index != 0) else { return false };
+    match local.is_enabled() {
+        true => {
+            slot.change(State::Stopped, State::Running);
+            false
+        }
+        false => slot.change(State::Running, State::Stopped),
+    }
+}
+
+/// Starts into the MLE what an INIT has reset.
+fn restart_reset(local: &Xapic<PhysWindow>, clock: &TscClock) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let Some(_one) = ONE_AT_A_TIME.try_lock() else { return };
+    for (number, slot) in (0u32..).zip(slots().skip(1)) {
+        if !slot.change(State::Reset, State::Restarting) {
+            continue;
+        }
+        NEXT.store(number, Ordering::Release);
+        let command = 1 << 14 | delivery::STARTUP << 8 | START_VECTOR.load(Ordering::Relaxed);
+        send(local, clock, command, slot.id());
+        // It may not have come to its reset yet: then the command is lost, and sent again at the next occasion.
+        let _ = poll_until(clock, RESTART_BUDGET_US, || !slot.is(State::Restarting));
+        slot.change(State::Restarting, State::Reset);
+    }
 }
 
 /// Carries out an interrupt command of the guest, written while the APIC page is watched.
-pub fn command(command: Command, local: &Xapic<PhysWindow>, clock: &TscClock) {
+pub fn command(command: Command, redirects_init: bool, local: &Xapic<PhysWindow>, clock: &TscClock) {
     let this = local.id();
+    let reached = || slots().filter(|slot| command.reaches(slot.id(), this));
     match command.mode() {
-        // INIT to a parked CPU finds it where it should be; running ones are not re-started while others are parked.
-        delivery::INIT => {}
+        delivery::INIT if command.is_deassert() => {}
+        // INIT to a parked CPU finds it where it should be.
+        delivery::INIT => {
+            // One for the boot processor is dropped: it would reset the machine.
+            let to = if redirects_init { State::Stopped } else { State::Reset };
+            for slot in reached().filter(|slot| slot.id() != boot_id()) {
+                if slot.change(State::Running, to) || slot.is(State::Stopped) {
+                    slot.change(State::Stopped, to);
+                    let _ = local.send(clock, 1 << 14 | delivery::INIT << 8, slot.id());
+                }
+            }
+            restart_reset(local, clock);
+        }
         delivery::STARTUP => {
-            for slot in &SLOTS {
-                let id = slot.apic_id.load(Ordering::Relaxed);
-                if command.reaches(id, this) && slot.state.load(Ordering::Acquire) == State::Parked as u32 {
-                    slot.vector.store(command.vector().into(), Ordering::Relaxed);
-                    slot.state.store(State::Starting as u32, Ordering::Release);
+            let runs = |slot: &Slot| slot.is(State::Running) || slot.is(State::Starting);
+            for slot in reached().filter(|slot| !runs(slot)) {
+                // An INIT just before takes it some time to be parked.
+                let _ = poll_until(clock, PARK_BUDGET_US, || {
+                    restart_reset(local, clock);
+                    slot.is(State::Parked)
+                });
+                slot.vector.store(command.vector().into(), Ordering::Relaxed);
+                if slot.change(State::Parked, State::Starting) {
                     // A wake-up that does not leave keeps the AP parked, as a lost Startup IPI would.
-                    let _ = local.send(clock, u32::from(trap::WAKE_VECTOR) | 1 << 14, id);
+                    let _ = local.send(clock, u32::from(trap::WAKE_VECTOR) | 1 << 14, slot.id());
                 }
             }
         }

@@ -220,6 +220,8 @@ impl Intercept4 {
     pub const VMMCALL: u32 = 1 << 1;
     /// VMLOAD, VMSAVE, STGI, CLGI, SKINIT.
     pub const SVM_INSTRUCTIONS: u32 = 0b0111_1100;
+    /// WBINVD.
+    pub const WBINVD: u32 = 1 << 9;
     /// MONITOR, MWAIT, MWAIT when armed.
     pub const MONITOR_MWAIT: u32 = 0b111 << 10;
     /// XSETBV.
@@ -273,6 +275,8 @@ pub mod exit_code {
     pub const VMLOAD: u64 = 0x82;
     /// SKINIT; the codes from VMLOAD to it are SVM's own instructions.
     pub const SKINIT: u64 = 0x86;
+    /// WBINVD.
+    pub const WBINVD: u64 = 0x89;
     /// Nested page fault.
     pub const NPF: u64 = 0x400;
     /// State that VMRUN refuses; some CPUs store it in 32 bits.

@@ -79,6 +79,9 @@ impl<'a> SvmVcpu<'a> {
             | Intercept3::MSR
             | Intercept3::SHUTDOWN;
         vmcb.intercept4 = Intercept4::VMRUN | Intercept4::VMMCALL | Intercept4::SVM_INSTRUCTIONS;
+        if role == Role::Guest {
+            vmcb.intercept4 |= Intercept4::WBINVD;
+        }
         if role == Role::Sandbox {
             vmcb.intercept3 |= Intercept3::INTR | Intercept3::NMI | Intercept3::HLT | Intercept3::TASK_SWITCH;
             vmcb.intercept4 |= Intercept4::MONITOR_MWAIT | Intercept4::XSETBV;
@@ -292,7 +295,7 @@ fn decode(code: u64, info1: u64, info2: u64, gprs: &Gprs) -> Exit {
         exit_code::VMRUN | exit_code::INVLPGA | exit_code::VMLOAD..=exit_code::SKINIT => {
             Exit::VirtualizationInstruction
         }
-        exit_code::INVD => Exit::InvalidateCaches,
+        exit_code::INVD | exit_code::WBINVD => Exit::InvalidateCaches,
         exit_code::HLT => Exit::Halt,
         exit_code::INTR => Exit::Interrupt,
         exit_code::NMI => Exit::Nmi,

@@ -341,19 +341,28 @@ impl Machine {
 
     /// Waits until the guest's init takes commands.
     pub fn wait_ready(&mut self) -> Result<()> {
-        if self.stage() == Stage::Init {
-            return Ok(());
+        if self.stage() != Stage::Init {
+            self.wait_init()?;
+            self.reached(Stage::Init);
         }
+        Ok(())
+    }
+
+    fn wait_init(&mut self) -> Result<()> {
         let end = Instant::now() + self.timeout;
         loop {
             match self.channel.ready(Duration::from_millis(100)) {
-                Wait::Done(()) => {
-                    self.reached(Stage::Init);
-                    return Ok(());
-                }
+                Wait::Done(()) => return Ok(()),
                 wait => self.check_alive("the guest's init", &wait, end)?,
             }
         }
+    }
+
+    /// Has the guest run a shell script that starts another kernel in its own's place, and waits for that one's init.
+    pub fn restart_guest(&mut self, script: &str) -> Result<()> {
+        self.wait_ready()?;
+        self.channel.send_script(script)?;
+        self.wait_init()
     }
 
     /// Runs a shell script as root in the guest.

@@ -23,6 +23,7 @@ pub enum View {
 }
 
 /// One CPU's page-table entry for its APIC page.
+#[derive(Clone)]
 pub struct ApicWindow {
     entry: &'static AtomicU64,
     device: u64,
