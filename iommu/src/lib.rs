@@ -10,6 +10,7 @@
 
 pub mod acpi;
 pub mod amd_vi;
+pub mod fault;
 pub mod ivrs;
 #[cfg(any(test, feature = "model"))]
 pub mod model;

@@ -24,6 +24,8 @@ use crate::Platform;
 pub const RAM_TOP: u64 = 1 << 32;
 const PAGE: u64 = 4096;
 const WINDOW: u64 = 0x4000;
+/// Code of a page fault in the event log.
+const PAGE_FAULT: u64 = 2 << 12;
 
 /// How a modelled IOMMU misbehaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -254,12 +256,12 @@ impl Machine {
                 let table = unit.register(0);
                 let at = (table & 0x000f_ffff_ffff_f000) + u64::from(device) * 32;
                 if unit.checks_size && u64::from(device) / 128 > table & 0x1ff {
-                    self.log(unit, 1, device, at);
+                    self.log(unit, 1 << 12, device, at);
                     return None;
                 }
                 let mut bytes = [0; 32];
                 if !self.copy_out(at, &mut bytes) {
-                    self.log(unit, 3, device, at);
+                    self.log(unit, 3 << 12, device, at);
                     return None;
                 }
                 let entry = [0, 8, 16, 24].map(|n| u64::from_le_bytes(bytes[n..n + 8].try_into().unwrap()));
@@ -270,7 +272,11 @@ impl Machine {
         if (0xfee0_0000..0xfef0_0000).contains(&address) {
             let mode = data.get(1).map_or(0, |byte| byte & 7);
             let passes = entry[2] & 1 == 0 || entry[2] >> 60 & 3 == 1 && mode <= 1;
-            return (write && passes).then_some(Target::Interrupt);
+            if write && passes {
+                return Some(Target::Interrupt);
+            }
+            self.log(unit, PAGE_FAULT | 1 << 3 | u64::from(write) << 5, device, address);
+            return None;
         }
         let excluded = unit.register(0x20) & 1 != 0;
         if excluded || entry[0] & 1 == 0 {
@@ -285,7 +291,7 @@ impl Machine {
         loop {
             fault |= now & 1 == 0 || now & right == 0;
             if fault {
-                self.log(unit, 2, device, address);
+                self.log(unit, PAGE_FAULT | u64::from(write) << 5, device, address);
                 return None;
             }
             if level == 0 {
@@ -303,6 +309,7 @@ impl Machine {
         Some(Target::Memory(physical))
     }
 
+    /// `code`: bits 15:12 the event's code, below its flags.
     fn log(&self, unit: &mut Unit, code: u64, device: u16, address: u64) {
         if unit.register(0x18) & 4 == 0 || unit.register(0x2020) & 1 != 0 {
             return;
@@ -314,7 +321,7 @@ impl Machine {
             return;
         }
         let at = (unit.register(0x10) & 0x000f_ffff_ffff_f000) + tail;
-        self.poke64(at, code << 60 | u64::from(device));
+        self.poke64(at, code << 48 | u64::from(device));
         self.poke64(at + 8, address);
         unit.registers.insert(0x2018, next);
     }

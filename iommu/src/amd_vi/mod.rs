@@ -12,12 +12,12 @@ mod unit;
 
 pub use area::DmaArea;
 pub use error::Error;
-pub use event::{Drained, Event, EventKind};
 
 use hv::addr::PhysRange;
 use hv::io::Mmio;
 
 use crate::Platform;
+use crate::fault::{Drained, Fault};
 use crate::ivrs::Ivrs;
 use crate::pci::{self, Function};
 use defs::{DEVICES, DTE_SIZE, Dte, capability, dte};
@@ -28,6 +28,8 @@ pub const MAX_UNITS: usize = 16;
 /// Rounds of invalidation before the first table is trusted: a device that still holds a cached translation must
 /// spoil every one of them, unseen (ADR 0001).
 const ROUNDS: u32 = 16;
+/// Events that one look takes out of the log of one IOMMU: what a device can cost a CPU at once.
+const DRAIN_MAX: u32 = 64;
 /// Entries of the device table that are written or compared at once.
 const BLOCK: usize = 16;
 const BLOCK_SIZE: usize = BLOCK * DTE_SIZE as usize;
@@ -193,20 +195,20 @@ impl<W: Mmio> AmdVi<W> {
         Ok(())
     }
 
-    /// Takes up to `limit` events of each IOMMU out of its log.
+    /// Takes what was stopped out of the IOMMUs' logs, at most 64 faults of each; three register reads for an IOMMU
+    /// that stopped nothing. A log that ran over is started again. Which faults to tell is the caller's choice
+    /// ([`crate::fault::Meter`]).
     ///
     /// # Errors
-    /// [`Error`] when the log is not readable or the IOMMU does not restart it.
-    pub fn drain_events<P: Platform<Window = W>>(
+    /// [`Error`] when a log is not readable or an IOMMU does not restart it.
+    pub fn drain<P: Platform<Window = W>>(
         &self,
         platform: &P,
-        limit: u32,
-        mut sink: impl FnMut(Event),
+        mut sink: impl FnMut(Fault),
     ) -> Result<Drained, Error> {
         let mut total = Drained::default();
         for (index, unit) in self.units().enumerate() {
-            let drained = unit.drain(platform, self.area.event_page(index), limit, &mut sink)?;
-            total.add(drained);
+            total.add(unit.drain(platform, self.area.event_page(index), DRAIN_MAX, &mut sink)?);
         }
         Ok(total)
     }

@@ -16,7 +16,8 @@ use hv::addr::PhysRange;
 use hv::io::{Clock, Mmio, PhysMem, PortIo};
 
 use super::defs::{Dte, control, dte, reg};
-use super::{AmdVi, DmaArea, Error, EventKind, Interrupts, Root, area, deny_all};
+use super::{AmdVi, DmaArea, Error, Interrupts, Root, area, deny_all};
+use crate::fault::Reason;
 use crate::ivrs::{DeviceEntry, Ivrs};
 use crate::model::Table;
 use crate::{Platform, pci};
@@ -319,8 +320,8 @@ fn qemu_is_closed_whatever_the_gap_left() {
     qemu.write(REGION + 0x2000 + 8 * (absent >> 21), &u64::to_le_bytes(1 << 9));
     assert!(!qemu.dma(absent));
     let mut events = vec![];
-    all.drain_events(&qemu, 100, |event| events.push((event.kind, event.device, event.address))).unwrap();
-    assert!(events.is_empty() || events == [(EventKind::PageFault, EDU, absent)], "{events:x?}");
+    all.drain(&qemu, |fault| events.push((fault.reason, fault.source, fault.address))).unwrap();
+    assert!(events.is_empty() || events == [(Reason::Denied, EDU.into(), absent)], "{events:x?}");
 
     all.close(&qemu).unwrap();
     assert!(!qemu.dma(GUEST) && !qemu.dma(GUEST + 0x1000));

@@ -6,8 +6,9 @@ use hv::io::{Mmio, poll_until};
 use super::defs::{
     Command, DEVICES, ENTRY_SIZE, RING_SIZE, WINDOW_SIZE, capability, command, control, feature, reg, status,
 };
-use super::{Drained, Error, Event};
+use super::{Error, event};
 use crate::Platform;
+use crate::fault::{Drained, Fault};
 
 /// Longest wait for an IOMMU. A full invalidation takes microseconds; a device that ignores its own takes longer.
 const WAIT_US: u64 = 500_000;
@@ -165,13 +166,13 @@ impl<W: Mmio> Unit<W> {
         Ok(())
     }
 
-    /// Takes events out of the log.
+    /// Takes up to `limit` events out of the log.
     pub fn drain<P: Platform>(
         &self,
         platform: &P,
         log: u64,
         limit: u32,
-        sink: &mut impl FnMut(Event),
+        sink: &mut impl FnMut(Fault),
     ) -> Result<Drained, Error> {
         const LOG_BYTES: u64 = 4096;
         let offset = |register| self.window.read64(register) & RING_OFFSET & (LOG_BYTES - 1);
@@ -186,7 +187,7 @@ impl<W: Mmio> Unit<W> {
                 break;
             }
             put(platform, at, [0; 2])?;
-            sink(Event::decode(self.device, entry));
+            sink(event::decode(entry));
             drained.events = drained.events.saturating_add(1);
             head = head.wrapping_add(ENTRY_SIZE.into()) & (LOG_BYTES - 1);
             self.window.write64(reg::EVENT_HEAD, head);
