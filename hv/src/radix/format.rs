@@ -233,7 +233,7 @@ pub static AMD_VI: Format = Format {
 /// Spec: \[VTD\] "Second-Stage Paging Entries".
 pub static VT_D: Format = Format {
     name: "VT-d",
-    levels: (3, 4),
+    levels: (3, 5),
     low_half: false,
     present: 3,
     table: 3,

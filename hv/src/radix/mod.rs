@@ -141,7 +141,12 @@ impl Tables {
         self.root
     }
 
-    /// Table levels: 3 or 4.
+    /// The layout of the entries.
+    pub fn format(&self) -> &'static Format {
+        self.format
+    }
+
+    /// Table levels: 3 to 5.
     pub fn levels(&self) -> u32 {
         self.levels
     }

@@ -60,7 +60,7 @@ struct Case {
     rights: &'static [Rights],
 }
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     Case {
         format: &NPT,
         levels: 4,
@@ -114,6 +114,13 @@ const CASES: [Case; 9] = [
         format: &VT_D,
         levels: 4,
         largest: PageSize::Size2M,
+        hardware: vt_d,
+        rights: &[Rights::READ, Rights::WRITE, RW],
+    },
+    Case {
+        format: &VT_D,
+        levels: 5,
+        largest: PageSize::Size1G,
         hardware: vt_d,
         rights: &[Rights::READ, Rights::WRITE, RW],
     },
@@ -325,6 +332,8 @@ fn vt_d_entries() {
     let (small, large) = entries(&VT_D, 3, RW, MemoryType::WriteBack);
     assert_eq!(small, [0x100_1003, 0x100_2003, 0x1_0000_6003]);
     assert_eq!(large[1], 0x40_0083);
+    let (small, _) = entries(&VT_D, 5, RW, MemoryType::WriteBack);
+    assert_eq!(small, [0x100_1003, 0x100_2003, 0x100_3003, 0x100_4003, 0x1_0000_6003]);
     let (small, large) = entries(&VT_D, 4, Rights::WRITE, MemoryType::Coherent);
     assert_eq!((small[3], large[2]), (0x1_0000_6802, 0x40_0882));
 }
@@ -530,7 +539,7 @@ fn run(case: &Case, ops: &[(bool, u64, u64, Op)], tables: usize) -> Result<(), T
     let mut pool = Pool::new(tables);
     let t = Tables::new(case.format, case.levels, case.largest, &mut pool).unwrap();
     let mut model = Model::default();
-    let base = t.limit() - 4 * GIB;
+    let base = t.limit().min(1 << 52) - 4 * GIB;
     for &(high, a, b, op) in ops {
         let base = if high { base } else { 0 };
         let range = PhysRange::from_last(base + a.min(b), base + (a.max(b)).max(KIB4) - 1)
