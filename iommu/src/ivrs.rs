@@ -8,7 +8,10 @@
 
 use core::fmt;
 
+use hv::addr::PhysRange;
+
 use crate::field;
+use crate::reserved::Reserved;
 
 /// Bytes before the first block: ACPI header, IVinfo, reserved.
 const HEADER_SIZE: usize = 48;
@@ -144,6 +147,19 @@ impl<'a> Ivrs<'a> {
         self.blocks().filter_map(|block| block.memory())
     }
 
+    /// What [`Self::memory`] says, in the words of both vendors.
+    pub fn reserved(&self) -> impl Iterator<Item = Reserved> + use<'a> {
+        self.memory().filter_map(|memory| {
+            let device = |id: u16| Some(u32::from(memory.segment) << 16 | u32::from(id));
+            Some(Reserved {
+                range: PhysRange::new(memory.start, memory.length)?,
+                first: device(memory.first),
+                last: device(memory.last),
+                untranslated: memory.is_exclusion(),
+            })
+        })
+    }
+
     /// Whether an I/O APIC is listed: that firmware expects interrupts to be remapped.
     pub fn lists_io_apic(&self) -> bool {
         const IO_APIC: u8 = 1;
@@ -202,7 +218,8 @@ impl<'a> Block<'a> {
             _ => return None,
         };
         let flags = self.u8(1);
-        Some(Memory { first, last, flags, start: self.u64(16), length: self.u64(24) })
+        let (segment, start, length) = (self.u16(8), self.u64(16), self.u64(24));
+        Some(Memory { segment, first, last, flags, start, length })
     }
 }
 
@@ -400,6 +417,8 @@ impl DeviceEntry {
 /// ([`Memory::is_unity`]) or without translation ([`Memory::is_exclusion`]). What becomes of it is policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
+    /// PCI segment of the devices.
+    pub segment: u16,
     /// First device id.
     pub first: u16,
     /// Last device id.

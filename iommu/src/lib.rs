@@ -10,11 +10,13 @@
 
 pub mod acpi;
 pub mod amd_vi;
+pub mod dmar;
 pub mod fault;
 pub mod ivrs;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod pci;
+pub mod reserved;
 
 use hv::io::{Clock, Mmio, PhysMem, PortIo};
 

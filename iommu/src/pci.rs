@@ -50,6 +50,15 @@ impl<'a, P: PortIo> Function<'a, P> {
         (self.read(8) >> 16) as u16
     }
 
+    /// Whether it has a bus behind it: a PCI or CardBus bridge.
+    pub fn is_bridge(&self) -> bool {
+        matches!(self.header_type(), 1 | 2)
+    }
+
+    fn header_type(&self) -> u32 {
+        self.read(0x0c) >> 16 & 0x7f
+    }
+
     /// Offset of the first capability whose header `wanted` accepts.
     pub fn capability(&self, wanted: impl Fn(u32) -> bool) -> Option<u8> {
         const LIST: u32 = 1 << 20;
@@ -76,7 +85,7 @@ impl<'a, P: PortIo> Function<'a, P> {
     /// set bit of its base is the most that it can be. Whether decoding is enabled does not matter here.
     pub fn claims(&self, address: u64) -> Option<u8> {
         const MEMORY_64: u32 = 0b100;
-        let registers = match self.read(0x0c) >> 16 & 0x7f {
+        let registers = match self.header_type() {
             0 => 6,
             1 => 2,
             _ => 0,

@@ -11,6 +11,8 @@
     reason = "a model stops its test by a panic, and its names say what they are"
 )]
 
+pub mod dmar;
+
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ops::{Range, RangeInclusive};
@@ -530,4 +532,31 @@ impl Table {
         self.0[9] = self.0.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));
         self.0
     }
+}
+
+/// Reads all that an IVRS says, when it says anything: what the fuzz targets do. Returns the items read.
+pub fn walk_ivrs(bytes: &[u8]) -> usize {
+    let Ok(ivrs) = crate::ivrs::Ivrs::new(bytes) else { return 0 };
+    let of_unit =
+        |unit: crate::ivrs::Unit<'_>| (unit.capability(), unit.base(), unit.entries().count()).2 + 1;
+    let units: usize = ivrs.units().map(of_unit).sum();
+    let _ = ivrs.lists_io_apic();
+    units + ivrs.memory().count() + ivrs.reserved().count()
+}
+
+/// Reads all that a DMAR says, paths through bridges included; see [`walk_ivrs`].
+pub fn walk_dmar(bytes: &[u8]) -> usize {
+    let Ok(dmar) = crate::dmar::Dmar::new(bytes) else { return 0 };
+    let machine = Machine::new();
+    // Every function there is looks like a bridge back to its own bus.
+    machine.set_config(0, 0, 1);
+    machine.set_config(0, 0x0c, 1 << 16);
+    let of_scopes = |scopes: &mut dyn Iterator<Item = crate::dmar::Scope<'_>>| -> usize {
+        scopes.map(|scope| scope.path().count() + usize::from(scope.resolve(&machine).is_ok())).sum()
+    };
+    let units: usize = dmar.units().map(|unit| of_scopes(&mut unit.scopes()) + unit.size() as usize).sum();
+    let ports: usize = dmar.ats_ports().map(|ports| of_scopes(&mut ports.scopes()) + 1).sum();
+    let devices: usize = dmar.ats_devices().map(|devices| of_scopes(&mut devices.scopes()) + 1).sum();
+    let names: usize = dmar.acpi_devices().map(|device| device.name().len() + 1).sum();
+    units + ports + devices + names + dmar.affinities().count() + dmar.reserved(&machine).count()
 }
