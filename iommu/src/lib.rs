@@ -10,6 +10,8 @@
 
 pub mod acpi;
 pub mod amd_vi;
+#[cfg(test)]
+mod corpus_tests;
 pub mod dmar;
 pub mod fault;
 pub mod ivrs;
