@@ -177,7 +177,7 @@ impl<'a> Dmar<'a> {
     }
 
     /// Memory that devices use on firmware's behalf (RMRR).
-    pub fn regions(&self) -> impl Iterator<Item = Region<'a>> + use<'a> {
+    pub fn regions(&self) -> impl Iterator<Item = Region<'a>> + Clone + use<'a> {
         self.structures().filter_map(|structure| structure.region())
     }
 

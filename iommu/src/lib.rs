@@ -1,8 +1,8 @@
-//! DMA remapping: AMD-Vi, and the ACPI tables that describe it.
+//! DMA remapping: AMD-Vi and VT-d, and the ACPI tables that describe them.
 //!
 //! The SLB stage calls [`acpi::copy_table`] and [`amd_vi::deny_all`]; the MLE goes on with
-//! [`amd_vi::AmdVi::take_over`]. Why the order of the register writes is what it is:
-//! `docs/adr/0001-closing-the-dma-window.md`.
+//! [`amd_vi::AmdVi::take_over`]. On Intel it is [`vt_d::deny_all`] and [`vt_d::VtD`]. Why the order of the register
+//! writes is what it is: `docs/adr/0001-closing-the-dma-window.md`, `docs/adr/0013-vt-d-bring-up.md`.
 #![cfg_attr(not(any(test, feature = "model")), no_std)]
 // Tests may overflow: that is how they fail.
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
@@ -10,6 +10,7 @@
 
 pub mod acpi;
 pub mod amd_vi;
+mod area;
 #[cfg(test)]
 mod corpus_tests;
 pub mod dmar;
@@ -19,6 +20,7 @@ pub mod ivrs;
 pub mod model;
 pub mod pci;
 pub mod reserved;
+pub mod vt_d;
 
 use hv::io::{Clock, Mmio, PhysMem, PortIo};
 

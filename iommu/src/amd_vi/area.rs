@@ -1,10 +1,10 @@
 //! Where tables and rings lie.
 
-use hv::addr::PhysRange;
 use hv::launch::DMA_AREA_SIZE;
 
 use super::MAX_UNITS;
 use super::defs::{DTE_SIZE, FULL_TABLE};
+use crate::area::DmaArea;
 
 const PAGE: u64 = hv::addr::PAGE_SIZE;
 /// Bytes of a full device table, and offset of the buffers behind it.
@@ -13,36 +13,16 @@ const PAGES: u64 = (DMA_AREA_SIZE - TABLE_SIZE) / PAGE;
 /// Buffer pages that belong to one IOMMU for good: commands, events, the rest spare.
 const PAGES_PER_UNIT: u64 = PAGES / MAX_UNITS as u64;
 
-/// The memory that belongs to DMA protection: [`DMA_AREA_SIZE`] bytes. A device table of all ids in the first 2 MiB,
-/// command buffers and event logs in the second.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DmaArea {
-    range: PhysRange,
-}
-
+/// A device table of all ids in the first 2 MiB, command buffers and event logs in the second.
 impl DmaArea {
-    /// The area at the top of the MLE region; `None` when it does not fit, is not aligned to 2 MiB, or lies beyond
-    /// the 52 bits of a physical address.
-    pub fn at_top_of(region: &PhysRange) -> Option<Self> {
-        let start = region.end()?.checked_sub(DMA_AREA_SIZE)?;
-        let range = PhysRange::new(start, DMA_AREA_SIZE)?;
-        let fits = region.contains(&range) && region.last() >> 52 == 0;
-        (fits && start.is_multiple_of(TABLE_SIZE)).then_some(Self { range })
-    }
-
-    /// The whole area.
-    pub fn range(&self) -> PhysRange {
-        self.range
-    }
-
     /// Value of the device table register.
     pub(super) fn table_register(&self) -> u64 {
-        self.range.start() | FULL_TABLE
+        self.at(0) | FULL_TABLE
     }
 
     /// Address of a device's table entry.
     pub(super) fn entry(&self, device: u32) -> u64 {
-        self.range.start().wrapping_add(u64::from(device).wrapping_mul(DTE_SIZE))
+        self.at(u64::from(device).wrapping_mul(DTE_SIZE))
     }
 
     /// Some buffer page, chosen by `random`.
@@ -61,7 +41,7 @@ impl DmaArea {
     }
 
     fn page(&self, index: u64) -> u64 {
-        self.range.start().wrapping_add(TABLE_SIZE).wrapping_add(index.wrapping_mul(PAGE))
+        self.at(index.wrapping_mul(PAGE).wrapping_add(TABLE_SIZE))
     }
 }
 

@@ -10,7 +10,7 @@ mod error;
 mod event;
 mod unit;
 
-pub use area::DmaArea;
+pub use crate::area::DmaArea;
 pub use error::Error;
 
 use hv::addr::PhysRange;

@@ -1,4 +1,4 @@
-//! A machine with AMD IOMMUs, for tests: registers, commands, caches that keep what they should have forgotten, an
+//! A machine with IOMMUs of AMD's ([`Unit`]) or Intel's ([`vt_d::Unit`]), for tests: registers, commands, caches that keep what they should have forgotten, an
 //! event log, and devices that try their DMA after every access of the software under test.
 #![allow(
     clippy::arithmetic_side_effects,
@@ -12,6 +12,7 @@
 )]
 
 pub mod dmar;
+pub mod vt_d;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -72,6 +73,10 @@ struct State {
     time: Cell<u64>,
     random: Cell<u64>,
     units: RefCell<Vec<Unit>>,
+    vt_d: RefCell<Vec<vt_d::Unit>>,
+    /// What memory holds of lines that the CPU wrote and that units do not see yet: in its caches, in a write buffer.
+    cached: RefCell<HashMap<u64, [u8; 64]>>,
+    buffered: RefCell<HashMap<u64, [u8; 64]>>,
     attack: RefCell<Option<Attack>>,
     attacking: Cell<bool>,
     /// Memory whose first write by the CPU starts the count of `breaches`.
@@ -84,7 +89,8 @@ struct State {
 /// Where a request ends that was let through.
 enum Target {
     Memory(u64),
-    Interrupt,
+    /// Data of the interrupt, where it is not what the device sent.
+    Interrupt(Option<u64>),
 }
 
 impl Machine {
@@ -115,6 +121,15 @@ impl Machine {
             defect: None,
             checks_size: true,
         });
+    }
+
+    /// Adds a VT-d unit.
+    pub fn add_vt_d(&self, unit: vt_d::Unit) {
+        self.0.vt_d.borrow_mut().push(unit);
+    }
+
+    pub fn with_vt_d<T>(&self, index: usize, change: impl FnOnce(&mut vt_d::Unit) -> T) -> T {
+        change(&mut self.0.vt_d.borrow_mut()[index])
     }
 
     pub fn with_unit<T>(&self, index: usize, change: impl FnOnce(&mut Unit) -> T) -> T {
@@ -148,6 +163,11 @@ impl Machine {
         self.0.breaches.set(0);
     }
 
+    /// Whether the CPU wrote to the memory watched.
+    pub fn guarding(&self) -> bool {
+        self.0.guarding.get()
+    }
+
     pub fn breaches(&self) -> u32 {
         self.0.breaches.get()
     }
@@ -175,6 +195,26 @@ impl Machine {
 
     pub fn poke64(&self, address: u64, value: u64) {
         self.copy_in(address, &value.to_le_bytes());
+    }
+
+    /// Remembers what memory holds where the CPU is about to write, when some unit goes on seeing that.
+    fn keep_stale(&self, address: u64, len: usize) {
+        let units = self.0.vt_d.borrow();
+        let keep = |lines: &RefCell<HashMap<u64, [u8; 64]>>| {
+            for line in address / 64..(address + len as u64).div_ceil(64) {
+                lines.borrow_mut().entry(line).or_insert_with(|| {
+                    let mut old = [0; 64];
+                    self.copy_out(line * 64, &mut old);
+                    old
+                });
+            }
+        };
+        if units.iter().any(|unit| !unit.features.coherent) {
+            keep(&self.0.cached);
+        }
+        if units.iter().any(|unit| unit.features.write_buffer) {
+            keep(&self.0.buffered);
+        }
     }
 
     fn copy_out(&self, address: u64, out: &mut [u8]) -> bool {
@@ -212,10 +252,10 @@ impl Machine {
             self.0.breaches.set(self.0.breaches.get() + 1);
         }
         match target {
-            Target::Interrupt => {
+            Target::Interrupt(remapped) => {
                 let mut bytes = [0; 8];
                 bytes[..data.len()].copy_from_slice(data);
-                self.0.interrupts.borrow_mut().push(u64::from_le_bytes(bytes));
+                self.0.interrupts.borrow_mut().push(remapped.unwrap_or(u64::from_le_bytes(bytes)));
             }
             Target::Memory(address) => {
                 let mut units = self.0.units.borrow_mut();
@@ -244,7 +284,11 @@ impl Machine {
     fn translate(&self, device: u16, address: u64, data: &[u8], write: bool) -> Option<Target> {
         let mut units = self.0.units.borrow_mut();
         let Some(unit) = units.iter_mut().find(|unit| unit.serves.contains(&device)) else {
-            return Some(Target::Memory(address));
+            let mut vt_d = self.0.vt_d.borrow_mut();
+            return match vt_d.iter_mut().find(|unit| unit.serves.contains(&device)) {
+                Some(unit) => unit.translate(self, device, address, data, write),
+                None => Some(Target::Memory(address)),
+            };
         };
         if unit.register(0x18) & 1 == 0 {
             return Some(Target::Memory(address));
@@ -275,7 +319,7 @@ impl Machine {
             let mode = data.get(1).map_or(0, |byte| byte & 7);
             let passes = entry[2] & 1 == 0 || entry[2] >> 60 & 3 == 1 && mode <= 1;
             if write && passes {
-                return Some(Target::Interrupt);
+                return Some(Target::Interrupt(None));
             }
             self.log(unit, PAGE_FAULT | 1 << 3 | u64::from(write) << 5, device, address);
             return None;
@@ -374,43 +418,63 @@ fn in_pages(address: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>
 /// The register window of one modelled IOMMU.
 pub struct Window {
     machine: Machine,
-    unit: usize,
+    unit: Which,
+}
+
+/// Index of a unit among those of its vendor.
+#[derive(Clone, Copy)]
+enum Which {
+    Amd(usize),
+    VtD(usize),
 }
 
 impl Mmio for Window {
     fn read8(&self, _: u32) -> u8 {
-        panic!("the IOMMU has no 8-bit registers")
+        panic!("no IOMMU has 8-bit registers")
     }
-    fn read32(&self, _: u32) -> u32 {
-        panic!("not used")
+    fn read32(&self, offset: u32) -> u32 {
+        let Which::VtD(unit) = self.unit else { panic!("not used") };
+        let value = self.machine.with_vt_d(unit, |unit| unit.read32(offset));
+        self.machine.tick();
+        value
     }
     fn read64(&self, offset: u32) -> u64 {
-        let value = self.machine.with_unit(self.unit, |unit| {
-            let control = unit.register(0x18);
-            let running = match unit.defect {
-                Some(Defect::StatusStuck) => 0x10,
-                _ => (control & 1) * ((control >> 2 & 1) << 3 | (control >> 12 & 1) << 4),
-            };
-            unit.register(offset) | if offset == 0x2020 { running } else { 0 }
-        });
+        let value = match self.unit {
+            Which::VtD(unit) => self.machine.with_vt_d(unit, |unit| unit.read64(offset)),
+            Which::Amd(unit) => self.machine.with_unit(unit, |unit| {
+                let control = unit.register(0x18);
+                let running = match unit.defect {
+                    Some(Defect::StatusStuck) => 0x10,
+                    _ => (control & 1) * ((control >> 2 & 1) << 3 | (control >> 12 & 1) << 4),
+                };
+                unit.register(offset) | if offset == 0x2020 { running } else { 0 }
+            }),
+        };
         self.machine.tick();
         value
     }
     fn write8(&self, _: u32, _: u8) {
-        panic!("the IOMMU has no 8-bit registers")
+        panic!("no IOMMU has 8-bit registers")
     }
-    fn write32(&self, _: u32, _: u32) {
-        panic!("not used")
+    fn write32(&self, offset: u32, value: u32) {
+        let Which::VtD(unit) = self.unit else { panic!("not used") };
+        self.machine.with_vt_d(unit, |unit| unit.write32(&self.machine, offset, value));
+        self.machine.tick();
     }
     fn write64(&self, offset: u32, value: u64) {
-        self.machine.with_unit(self.unit, |unit| {
-            if unit.defect == Some(Defect::Ignores(offset)) {
-                return;
+        match self.unit {
+            Which::VtD(unit) => {
+                self.machine.with_vt_d(unit, |unit| unit.write64(&self.machine, offset, value));
             }
-            let value = if offset == 0x2020 { unit.register(offset) & !value } else { value };
-            unit.registers.insert(offset, value);
-            self.machine.run_commands(unit);
-        });
+            Which::Amd(unit) => self.machine.with_unit(unit, |unit| {
+                if unit.defect == Some(Defect::Ignores(offset)) {
+                    return;
+                }
+                let value = if offset == 0x2020 { unit.register(offset) & !value } else { value };
+                unit.registers.insert(offset, value);
+                self.machine.run_commands(unit);
+            }),
+        }
         self.machine.tick();
     }
 }
@@ -470,6 +534,7 @@ impl PhysMem for Machine {
         if self.0.watched.borrow().as_ref().is_some_and(|range| range.contains(&address)) {
             self.0.guarding.set(true);
         }
+        self.keep_stale(address, data.len());
         let written = self.copy_in(address, data);
         self.tick();
         written
@@ -480,8 +545,10 @@ impl Platform for Machine {
     type Window = Window;
 
     fn map(&self, base: u64, len: u32) -> Option<Window> {
-        assert_eq!(u64::from(len), WINDOW);
-        let unit = self.0.units.borrow().iter().position(|unit| unit.base == base)?;
+        let amd = self.0.units.borrow().iter().position(|unit| unit.base == base).map(Which::Amd);
+        let vt_d = || self.0.vt_d.borrow().iter().position(|unit| unit.base == base).map(Which::VtD);
+        let unit = amd.or_else(vt_d)?;
+        assert!(matches!(unit, Which::VtD(_)) || u64::from(len) == WINDOW);
         Some(Window { machine: self.clone(), unit })
     }
 
@@ -493,6 +560,15 @@ impl Platform for Machine {
         x ^= x << 17;
         self.0.random.set(x);
         x
+    }
+}
+
+impl crate::vt_d::WriteBack for Machine {
+    fn write_back(&self, range: hv::addr::PhysRange) {
+        let mut cached = self.0.cached.borrow_mut();
+        for line in range.start() / 64..=range.last() / 64 {
+            cached.remove(&line);
+        }
     }
 }
 
