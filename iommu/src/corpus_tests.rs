@@ -5,6 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use crate::model::{walk_dmar, walk_ivrs};
+use crate::qemu::Handle;
 
 /// Damaged tables read for each whole one.
 const DAMAGED: u32 = 4000;
@@ -76,4 +77,44 @@ fn damaged_ivrs_never_panics() {
 #[test]
 fn damaged_dmar_never_panics() {
     run("dmar", walk_dmar);
+}
+
+/// Writes the corpus: `cargo test -p iommu -- --ignored the_corpus`.
+#[test]
+#[ignore = "writes files of the repository"]
+fn the_corpus_is_what_qemu_makes() {
+    const TOPOLOGIES: [(&str, &str); 6] = [
+        ("plain", ""),
+        ("ports", "-device pcie-root-port,id=a,chassis=1,slot=1,addr=6 -device edu,bus=a"),
+        (
+            "switch",
+            "-device pcie-root-port,id=a,chassis=1,slot=1,addr=6 -device x3130-upstream,id=u,bus=a \
+             -device xio3130-downstream,id=d,bus=u,chassis=2,slot=0 -device edu,bus=d",
+        ),
+        ("pci-bridge", "-device pcie-pci-bridge,id=p,addr=5 -device edu,bus=p,addr=3"),
+        (
+            "two-roots",
+            "-device pxb-pcie,id=x,bus_nr=128,addr=9 -device pcie-root-port,id=a,bus=x,chassis=3,slot=3 \
+             -device edu,bus=a",
+        ),
+        (
+            "many",
+            "-device e1000e,addr=9 -device qemu-xhci,addr=10 -device ich9-ahci,addr=11 \
+             -device i82801b11-bridge,addr=0x1e",
+        ),
+    ];
+    let kinds = [
+        ("dmar", "intel", "intel-iommu,intremap=on"),
+        ("dmar", "intel-ats", "intel-iommu,intremap=on,aw-bits=48,device-iotlb=on,caching-mode=on"),
+        ("ivrs", "amd", "amd-iommu,intremap=on"),
+        ("ivrs", "amd-no-ir", "amd-iommu,intremap=off"),
+    ];
+    for (table, iommu, device) in kinds {
+        for (topology, arguments) in TOPOLOGIES {
+            let qemu = Handle::start(device, &arguments.split_whitespace().collect::<Vec<_>>());
+            let name = table.to_uppercase();
+            let bytes = qemu.table(name.as_bytes().try_into().unwrap());
+            fs::write(corpus(table).join(format!("{iommu}-{topology}")), bytes).unwrap();
+        }
+    }
 }

@@ -19,6 +19,8 @@ pub mod ivrs;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod pci;
+#[cfg(test)]
+mod qemu;
 pub mod reserved;
 pub mod vt_d;
 

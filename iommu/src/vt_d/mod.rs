@@ -563,4 +563,6 @@ fn each_entry<P: Machine>(
 }
 
 #[cfg(test)]
+mod qemu_tests;
+#[cfg(test)]
 mod tests;

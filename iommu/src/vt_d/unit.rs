@@ -239,8 +239,10 @@ impl<W: Mmio> Unit<W> {
     pub fn start<P: Machine>(&self, platform: &P, wanted: &Wanted) -> Result<(), Error> {
         self.window.write32(reg::FSTS, fsts::OVERFLOW | fsts::QUEUE_ERRORS);
         self.window.write64(reg::IQT, 0);
-        self.set(reg::IQA, self.queue)?;
+        self.window.write64(reg::IQA, self.queue);
         self.switch(platform, global::QUEUE, true)?;
+        // QEMU shows the address once the queue is on; it is empty until then.
+        self.same(reg::IQA, self.queue, self.window.read64(reg::IQA), u64::MAX)?;
         self.set_root(platform, wanted.root)?;
         if self.can.interrupts() {
             self.set(reg::IRTA, wanted.interrupts | irte::FULL_TABLE)?;
