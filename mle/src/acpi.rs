@@ -1,10 +1,10 @@
 //! What the MLE itself wants to know from ACPI. The tables are hostile: a lie costs the launch, or the guest its devices.
 
 use firmware::acpi::Tables;
-use hv::addr::PhysRange;
+use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 
-/// Most segments of PCI configuration space.
+/// Most windows of PCI configuration space: one may be the CPU's own.
 pub const MAX_ECAM: usize = 16;
 
 /// Bytes of table `signature` behind its header of `header` bytes, copied into `out`.
@@ -39,22 +39,55 @@ pub fn count_cpus(mem: &impl PhysMem, tables: &Tables) -> usize {
     count.max(1)
 }
 
+/// Bytes of a bus in PCI configuration space in memory.
+const BUS_SIZE: u64 = 1 << 20;
+
+/// PCI configuration space in memory, of one segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ecam {
+    /// PCI segment.
+    pub segment: u16,
+    /// Where bus 0 is, or would be.
+    base: u64,
+    /// All buses that it has.
+    pub range: PhysRange,
+}
+
+impl Ecam {
+    /// Segment 0 from bus 0 on, as an AMD CPU decodes it by itself; none when it does not.
+    ///
+    /// Spec: \[PPR\] "MMIO Configuration Base Address": bit 0 enable, bits 5:2 log2 of the buses.
+    pub fn of_cpu(mmio_config: u64) -> Option<Self> {
+        const BASE: u64 = 0x000f_ffff_fff0_0000;
+        let (base, log2) = (mmio_config & BASE, mmio_config >> 2 & 0xf);
+        let range = PhysRange::new(base, BUS_SIZE << log2)?;
+        (mmio_config & 1 != 0).then_some(Self { segment: 0, base, range })
+    }
+
+    /// The page of a function: bus in bits 15:8 of `id`, device in 7:3, function in 2:0.
+    pub fn page(&self, id: u16) -> Option<PhysRange> {
+        let start = self.base.checked_add(u64::from(id).saturating_mul(PAGE_SIZE))?;
+        PhysRange::new(start, PAGE_SIZE).filter(|page| self.range.contains(page))
+    }
+}
+
 /// PCI configuration space in memory: the guest's, also where the firmware wants it at runtime.
 ///
 /// Spec: \[PCIFW\] "MCFG Table Description".
-pub fn ecam(mem: &impl PhysMem, tables: &Tables) -> heapless::Vec<PhysRange, MAX_ECAM> {
-    const BUS_SIZE: u64 = 1 << 20;
-    let mut copy = [0; 44 + 16 * MAX_ECAM];
+pub fn ecam(mem: &impl PhysMem, tables: &Tables) -> heapless::Vec<Ecam, MAX_ECAM> {
+    let mut copy = [0; 44 + 16 * (MAX_ECAM - 1)];
     let entries = body(mem, tables, *b"MCFG", 44, &mut copy);
     let (entries, _) = entries.as_chunks::<16>();
     entries
         .iter()
         .filter_map(|e| {
-            let [b0, b1, b2, b3, b4, b5, b6, b7, _, _, first, last, ..] = *e;
-            let base = u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]);
+            let [b0, b1, b2, b3, b4, b5, b6, b7, s0, s1, first, last, ..] = *e;
+            let (base, segment) =
+                (u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]), u16::from_le_bytes([s0, s1]));
             let buses = u64::from(last.checked_sub(first)?).saturating_add(1);
             let start = base.checked_add(u64::from(first).saturating_mul(BUS_SIZE))?;
-            PhysRange::new(start, buses.saturating_mul(BUS_SIZE))
+            let range = PhysRange::new(start, buses.saturating_mul(BUS_SIZE))?;
+            Some(Ecam { segment, base, range })
         })
         .collect()
 }
@@ -102,13 +135,30 @@ mod tests {
     }
 
     #[test]
+    fn the_page_of_a_function_is_its_buses() {
+        let range = PhysRange::new(0xb010_0000, 2 << 20).unwrap();
+        let ecam = Ecam { segment: 0, base: 0xb000_0000, range };
+        assert_eq!(ecam.page(0x0110), PhysRange::new(0xb011_0000, 0x1000));
+        assert_eq!((ecam.page(0x0010), ecam.page(0x0300)), (None, None), "buses 1 and 2 alone are there");
+    }
+
+    #[test]
+    fn the_cpus_own_window_is_read() {
+        let ecam = Ecam::of_cpu(0xe000_0000 | 8 << 2 | 1).unwrap();
+        assert_eq!(ecam.range, PhysRange::new(0xe000_0000, 256 << 20).unwrap());
+        assert_eq!(Ecam::of_cpu(0xe000_0000 | 8 << 2), None);
+    }
+
+    #[test]
     fn configuration_space_is_found() {
         let mut entry = [0u8; 16];
         entry[..8].copy_from_slice(&0xb000_0000u64.to_le_bytes());
         entry[11] = 0xff;
         let mem = memory(&[], &entry);
         let tables = Tables::read(&mem, 0x1000).unwrap();
-        assert_eq!(ecam(&mem, &tables).as_slice(), &[PhysRange::new(0xb000_0000, 256 << 20).unwrap()]);
+        let range = PhysRange::new(0xb000_0000, 256 << 20).unwrap();
+        let found = Ecam { segment: 0, base: 0xb000_0000, range };
+        assert_eq!(ecam(&mem, &tables).as_slice(), &[found]);
         assert_eq!(count_cpus(&mem, &tables), 1, "a MADT without CPUs: this one");
     }
 }

@@ -100,6 +100,8 @@ pub struct Layout {
     pub sandbox: PhysRange,
     /// Memory in which capsules are staged for the sandbox: not the guest's.
     pub staging: Option<PhysRange>,
+    /// What the guest finds in memory as configuration space of guarded PCI functions, a page each.
+    pub config_space: Option<PhysRange>,
     /// The guest's memory.
     pub map: GuestMap,
 }
@@ -128,13 +130,15 @@ pub struct Start {
 
 /// Chooses places for everything in memory that the firmware's map says is free, clear of what was loaded.
 ///
-/// `sandbox` is how many bytes the sandbox works in, `staging` how many are for capsules.
+/// `sandbox` is how many bytes the sandbox works in, `staging` how many are for capsules, `guarded` how many PCI functions
+/// have a copy of their configuration space.
 pub fn plan(
     inputs: &Inputs,
     firmware_map: &MemoryMap,
     kernel: &Kernel,
     sandbox: u64,
     staging: Option<u64>,
+    guarded: usize,
 ) -> Result<Layout, BootError> {
     let reserved = [inputs.slb, inputs.region, inputs.launch_page, inputs.log]
         .map(|range| CarveOut { range, usage: Use::Reserved });
@@ -160,7 +164,11 @@ pub fn plan(
     let thunks = find(PAGE_SIZE)?;
     let tables = find(TABLES_AREA)?;
     let sandbox = find(sandbox)?;
-    let staging = staging.map(find).transpose()?;
+    let staging = staging.map(&mut find).transpose()?;
+    let config_space = match guarded {
+        0 => None,
+        _ => Some(find((guarded as u64).saturating_mul(PAGE_SIZE))?),
+    };
 
     let mut carve_outs = heapless::Vec::<CarveOut, 16>::new();
     let loaded = [Some(placement.room), inputs.initrd, Some(boot)];
@@ -172,13 +180,18 @@ pub fn plan(
             CarveOut { range: tables, usage: Use::Tables },
             CarveOut { range: sandbox, usage: Use::Reserved },
         ])
-        .chain(staging.map(|range| CarveOut { range, usage: Use::Reserved }));
+        .chain(
+            [staging, config_space]
+                .into_iter()
+                .flatten()
+                .map(|range| CarveOut { range, usage: Use::Reserved }),
+        );
     for carve_out in all {
-        // Four, three, three and one: fewer than sixteen.
+        // Four, three, three and two: fewer than sixteen.
         let _ = carve_outs.push(carve_out);
     }
     let map = firmware_map.guest(&carve_outs)?;
-    Ok(Layout { placement, boot, thunks, tables, sandbox, staging, map })
+    Ok(Layout { placement, boot, thunks, tables, sandbox, staging, config_space, map })
 }
 
 /// Copies the kernel to its place and writes the boot data. `pool` gives pages of the layout's own boot area.
@@ -407,7 +420,7 @@ mod tests {
     #[test]
     fn nothing_of_the_guest_lies_on_what_is_not_its() {
         let (inputs, map) = (inputs(), map());
-        let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, Some(MIB)).unwrap();
+        let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, Some(MIB), 3).unwrap();
         let guests = [layout.placement.room, layout.boot, layout.thunks, layout.tables];
         let others = [
             inputs.slb,
@@ -417,6 +430,7 @@ mod tests {
             inputs.initrd.unwrap(),
             inputs.cmdline.unwrap(),
             layout.sandbox,
+            layout.config_space.unwrap(),
             range(16 * MIB, MIB),
         ];
         for (i, a) in guests.iter().enumerate() {
@@ -429,6 +443,7 @@ mod tests {
                 inputs.launch_page,
                 layout.sandbox,
                 layout.staging.unwrap(),
+                layout.config_space.unwrap(),
                 range(16 * MIB, MIB),
             ] {
                 assert!(!ram.overlaps(&closed), "{ram} {closed}");
@@ -444,7 +459,7 @@ mod tests {
         let ram = Ram::new(RAM);
         ram.write(inputs.cmdline.unwrap().start(), b"quiet x");
         ram.write(inputs.kernel.start() + 5 * 512, b"first byte of the protected-mode code");
-        let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE, Some(MIB)).unwrap();
+        let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE, Some(MIB), 3).unwrap();
         let start = write(&layout, &inputs, &kernel, &ram, |area| Pool(&ram, area.start())).unwrap();
         let mut code = [0; 5];
         ram.read(layout.placement.room.start(), &mut code);
@@ -463,7 +478,7 @@ mod tests {
     #[test]
     fn a_machine_without_room_is_an_error() {
         let (inputs, map, kernel) = (inputs(), map(), kernel());
-        let error = plan(&inputs, &map, &kernel, 1 << 40, None).err();
+        let error = plan(&inputs, &map, &kernel, 1 << 40, None, 0).err();
         assert_eq!(error, Some(BootError::NoRoom { size: 1 << 40 }));
     }
 }

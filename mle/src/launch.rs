@@ -16,21 +16,24 @@ use firmware::smm::facts::Facts;
 use firmware::tables::{FirmwareTables, TablesError};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::failure::MleError;
-use hv::io::PhysMem;
+use hv::io::{Msr, PhysMem};
 use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, SlbHeader, event};
 use hv::radix::{self, AMD_VI, NPT, PageSize, Tables};
 use hv::space::{self, View};
 use hv::vcpu::Vcpu;
 use iommu::amd_vi::{AmdVi, DmaArea, Interrupts, Root};
 use iommu::ivrs::Ivrs;
+use iommu::pci::Function;
 use log::{info, warn};
 use svm::maps::{Iopm, Msrpm};
 use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::acpi::Ecam;
 use crate::apic::Xapic;
 use crate::boot::{self, BootError};
 use crate::cpu::{Cpu, CpuMemory};
+use crate::guest::pci;
 use crate::inputs::{self, InputError, Inputs};
 use crate::measure::{MeasureError, Measurer};
 use crate::memory::{self, ApicPage, MemoryError};
@@ -39,6 +42,7 @@ use crate::platform::Machine;
 use crate::pool::PagePool;
 use crate::sandbox::{self, SandboxError};
 use crate::services::{self, STATUS_MAX};
+use crate::slb::space::MSR_MMIO_CONFIG;
 use crate::smp::{Setup, SmpError};
 use crate::{apic as local_apic, exposure, fatal, guest, logger, paging, run, smi, smp, trap};
 
@@ -84,6 +88,8 @@ pub enum LaunchError<'a> {
     Linux(LinuxError),
     /// Guest set-up.
     Boot(BootError),
+    /// PCI functions that are to be guarded.
+    Pci(pci::TooMany),
     /// A measurement.
     Measure(MeasureError),
     /// An ACPI table.
@@ -116,6 +122,7 @@ impl fmt::Display for LaunchError<'_> {
             Self::Config(e) => write!(f, "configuration: {e}"),
             Self::Linux(e) => write!(f, "{e}"),
             Self::Boot(e) => write!(f, "{e}"),
+            Self::Pci(e) => write!(f, "{e}"),
             Self::Measure(e) => write!(f, "{e}"),
             Self::Acpi(e) => write!(f, "{e}"),
             Self::Iommu(e) => write!(f, "IOMMU: {e}"),
@@ -145,6 +152,7 @@ from_error! {
     MapError => Map;
     LinuxError => Linux;
     BootError => Boot;
+    pci::TooMany => Pci;
     MeasureError => Measure;
     iommu::acpi::Error => Acpi;
     iommu::amd_vi::Error => Iommu;
@@ -257,14 +265,26 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let mut head = [0; HEADER_BYTES];
     mem.read(inputs.kernel.start(), &mut head);
     let kernel = Kernel::parse(&head, inputs.kernel.len())?;
-    let layout = boot::plan(&inputs, &map, &kernel, services::SANDBOX_SIZE, config.capsule_room())?;
+    let guarded = pci::find(&ports)?;
+    let (sandbox_size, capsules) = (services::SANDBOX_SIZE, config.capsule_room());
+    let layout = boot::plan(&inputs, &map, &kernel, sandbox_size, capsules, guarded.len())?;
     let cpus = crate::acpi::count_cpus(&mem, &acpi);
-    let ecam = crate::acpi::ecam(&mem, &acpi);
+    let mut ecam = crate::acpi::ecam(&mem, &acpi);
+    if let Some(window) = Ecam::of_cpu(msrs.rdmsr(MSR_MMIO_CONFIG)) {
+        // There is room for one more than the table may have.
+        let _ = ecam.push(window);
+    }
     map.check_runtime(&FIXED_DEVICES)?;
     let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
     let tables_from = pool.mark();
     let nested = Tables::new(&NPT, 4, features.largest, &mut pool)?;
     space.map_view(View::Guest, &nested, &mut pool)?;
+    if let Some(copies) = layout.config_space {
+        memory::replace_config_space(&ecam, &guarded, copies, &nested, &mut pool)?;
+        for (function, at) in guarded.iter().zip((copies.start()..).step_by(PAGE_SIZE as usize)) {
+            pci::copy(&Function::new(&ports, function.id), at, &mem).map_err(BootError::Memory)?;
+        }
+    }
     let dma = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
     space.map_view(View::Device, &dma, &mut pool)?;
     let tables_to = pool.mark();
@@ -300,6 +320,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     guest::msr::intercept_guarded(msrpm);
     let iopm: &mut Iopm = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
     guest::ports::guard_smi(iopm);
+    pci::guard(iopm, &ports, guarded);
     if !cpu.ignores_a20_mask() {
         guest::ports::guard_a20(iopm, &ports);
     }

@@ -3,15 +3,17 @@
 use core::fmt;
 use core::sync::atomic::Ordering;
 
-use firmware::memmap::{MemoryMap, MemoryType};
+use firmware::memmap::{self, MemoryMap};
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use hv::radix::{self, Tables};
+use hv::radix::{self, MemoryType, Rights, Tables};
 use hv::space::{self, AddressSpace, Hole, Kind, View};
 
+use crate::acpi::Ecam;
 use crate::apic::XAPIC_BASE;
 use crate::boot::Layout;
 use crate::guest::apic_window::ApicWindow;
+use crate::guest::pci::Guarded;
 use crate::inputs::Inputs;
 use crate::measure::TPM_CLOSED;
 use crate::pool::PagePool;
@@ -69,7 +71,7 @@ pub fn describe(
     map: &MemoryMap,
     layout: &Layout,
     iommus: impl Iterator<Item = PhysRange>,
-    ecam: &[PhysRange],
+    ecam: &[Ecam],
     phys_bits: u32,
 ) -> Result<AddressSpace, space::Error> {
     let mut space = AddressSpace::new(phys_bits, inputs.region, Some(inputs.slb))?;
@@ -78,11 +80,11 @@ pub fn describe(
     for window in iommus {
         space.assign(window, Kind::Closed(Hole::IommuRegisters))?;
     }
-    for region in map.runtime().filter(|r| !ecam.iter().any(|e| e.overlaps(&r.range))) {
+    for region in map.runtime().filter(|r| !ecam.iter().any(|e| e.range.overlaps(&r.range))) {
         let kind = match region.ty {
             // The firmware's drivers mix code and data in these pages.
-            MemoryType::RUNTIME_SERVICES_CODE => Kind::FirmwareImage,
-            MemoryType::MMIO => Kind::FirmwareMmio,
+            memmap::MemoryType::RUNTIME_SERVICES_CODE => Kind::FirmwareImage,
+            memmap::MemoryType::MMIO => Kind::FirmwareMmio,
             _ => Kind::FirmwareData,
         };
         space.assign(region.range, kind)?;
@@ -94,6 +96,24 @@ pub fn describe(
         space.assign(range, Kind::Ram)?;
     }
     Ok(space)
+}
+
+/// Puts the pages of `copies` in place of the guarded functions' in the guest's configuration space in memory.
+pub fn replace_config_space(
+    ecam: &[Ecam],
+    guarded: &[Guarded],
+    copies: PhysRange,
+    nested: &Tables,
+    pool: &mut PagePool,
+) -> Result<(), MemoryError> {
+    let ours = ecam.iter().filter(|e| e.segment == 0);
+    for (function, copy) in guarded.iter().zip((copies.start()..).step_by(PAGE_SIZE as usize)) {
+        for page in ours.clone().filter_map(|e| e.page(function.id)) {
+            nested.unmap(pool, page)?;
+            nested.map(pool, page, copy, Rights::READ | Rights::WRITE, MemoryType::Device)?;
+        }
+    }
+    Ok(())
 }
 
 /// The guest's APIC page in the nested tables that all CPUs share, closed there; each CPU has its own view.

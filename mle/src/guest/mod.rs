@@ -5,5 +5,6 @@ pub mod cpuid;
 pub mod ends;
 pub mod exits;
 pub mod msr;
+pub mod pci;
 pub mod ports;
 pub mod walk;

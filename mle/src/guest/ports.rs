@@ -40,11 +40,7 @@ pub fn write(ports: &impl PortIo, port: u16, size: u8, value: u32, mut smi: impl
     let guarded = [CONTROL_A, KEYBOARD, SMI_COMMAND];
     if !(0..u16::from(size)).any(|offset| guarded.contains(&port.wrapping_add(offset))) {
         // Exits for another port beside it: devices tell widths apart.
-        return match size {
-            1 => ports.out8(port, value as u8),
-            2 => ports.out16(port, value as u16),
-            _ => ports.out32(port, value),
-        };
+        return forward(ports, port, size, value);
     }
     for (offset, byte) in (0..u16::from(size)).zip(value.to_le_bytes()) {
         match port.wrapping_add(offset) {
@@ -56,6 +52,24 @@ pub fn write(ports: &impl PortIo, port: u16, size: u8, value: u32, mut smi: impl
     }
 }
 
+/// IN of `size` bytes.
+pub fn read(ports: &impl PortIo, port: u16, size: u8) -> u32 {
+    match size {
+        1 => ports.in8(port).into(),
+        2 => ports.in16(port).into(),
+        _ => ports.in32(port),
+    }
+}
+
+/// OUT of the low `size` bytes of `value`.
+pub fn forward(ports: &impl PortIo, port: u16, size: u8, value: u32) {
+    match size {
+        1 => ports.out8(port, value as u8),
+        2 => ports.out16(port, value as u16),
+        _ => ports.out32(port, value),
+    }
+}
+
 /// Goes on after an intercepted port access.
 pub fn finish_port(vcpu: &mut SvmVcpu<'_>, exit: Exit) {
     if let Exit::Port { next_rip, .. } = exit {
@@ -63,30 +77,29 @@ pub fn finish_port(vcpu: &mut SvmVcpu<'_>, exit: Exit) {
     }
 }
 
+/// Goes on after an intercepted IN that reads `value`.
+pub fn finish_input(vcpu: &mut SvmVcpu<'_>, exit: Exit, value: u32) {
+    let Exit::Port { size, .. } = exit else { return };
+    let (rax, value) = (vcpu.gprs().rax, u64::from(value));
+    vcpu.gprs_mut().rax = match size {
+        1 => rax & !0xff | value & 0xff,
+        2 => rax & !0xffff | value & 0xffff,
+        _ => value,
+    };
+    finish_port(vcpu, exit);
+}
+
 /// Does a port access for a virtual machine, or pretends that no device is there.
 pub fn port_access(vcpu: &mut SvmVcpu<'_>, exit: Exit, ports: Option<Ports>) {
-    let Exit::Port { port, size, input, next_rip, .. } = exit else { return };
-    let rax = vcpu.gprs().rax;
+    let Exit::Port { port, size, input, .. } = exit else { return };
     if input {
-        let value = match (ports, size) {
-            (Some(p), 1) => p.in8(port).into(),
-            (Some(p), 2) => p.in16(port).into(),
-            (Some(p), _) => u64::from(p.in32(port)),
-            (None, _) => u64::MAX,
-        };
-        vcpu.gprs_mut().rax = match size {
-            1 => rax & !0xff | value & 0xff,
-            2 => rax & !0xffff | value & 0xffff,
-            _ => value & 0xffff_ffff,
-        };
-    } else if let Some(p) = ports {
-        match size {
-            1 => p.out8(port, rax as u8),
-            2 => p.out16(port, rax as u16),
-            _ => p.out32(port, rax as u32),
-        }
+        let value = ports.map_or(u32::MAX, |ports| read(&ports, port, size));
+        return finish_input(vcpu, exit, value);
     }
-    vcpu.skip_to(next_rip);
+    if let Some(ports) = ports {
+        forward(&ports, port, size, vcpu.gprs().rax as u32);
+    }
+    finish_port(vcpu, exit);
 }
 
 #[cfg(test)]

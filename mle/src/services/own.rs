@@ -6,6 +6,7 @@ use firmware::call::{OwnVariable, OwnVariables};
 use firmware::sandbox::Sandbox;
 use heapless::String;
 
+use crate::guest::pci;
 use crate::{exposure, run};
 
 /// Contents of Cordon's own variables.
@@ -37,6 +38,7 @@ impl OwnVariables for Own<'_> {
                     e.records, e.batches, e.spilled, e.lost, e.late
                 );
                 run::write_refusals(&mut text);
+                pci::write_dropped(&mut text);
                 text.as_bytes()
             }
             OwnVariable::Exits => {

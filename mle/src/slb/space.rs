@@ -30,7 +30,7 @@ const MSR_TOP_MEM: u32 = 0xc001_001a;
 /// Base of the window in which the CPU turns memory accesses into PCI configuration cycles.
 ///
 /// Spec: \[PPR\] "MMIO Configuration Base Address": bit 0 enable, bits 5:2 log2 of the MiB.
-const MSR_MMIO_CONFIG: u32 = 0xc001_0058;
+pub const MSR_MMIO_CONFIG: u32 = 0xc001_0058;
 /// Base and mask MSRs that redirect a naturally aligned range, and the mask's valid bit: the two I/O range
 /// registers and the SMM area TSeg.
 ///

@@ -3,6 +3,7 @@
 //! Each attack runs twice, by the same commands at the same addresses: under Cordon, where it must fail, and on the same
 //! machine without Cordon, where it must succeed.
 
+mod chipset;
 mod firmware;
 mod guest;
 mod tamper;
@@ -604,10 +605,12 @@ fn pcrs(machine: &mut Machine) -> [String; 3] {
 
 /// Runs all attacks, and says of each what came of it.
 fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
-    let attacks: [(&str, fn(&mut Target)); 9] = [
+    let attacks: [(&str, fn(&mut Target)); 11] = [
         ("memory", memory),
         ("tpm_locality", tpm_locality),
         ("iommu_registers", iommu_registers),
+        ("chipset_registers", chipset::registers),
+        ("chipset_register_block", chipset::register_block),
         ("msrs", msrs),
         ("cpuid", cpuid),
         ("hypercalls_of_programs", hypercalls_of_programs),
