@@ -44,7 +44,7 @@ use crate::sandbox::{self, SandboxError};
 use crate::services::{self, STATUS_MAX};
 use crate::slb::space::MSR_MMIO_CONFIG;
 use crate::smp::{Setup, SmpError};
-use crate::{apic as local_apic, exposure, fatal, guest, logger, paging, run, smi, smp, trap};
+use crate::{apic as local_apic, dma, exposure, fatal, guest, logger, paging, run, smi, smp, trap};
 
 /// Devices that firmware may not claim for its runtime; IOMMUs and the MLE's memory are refused by the address space.
 const FIXED_DEVICES: [PhysRange; 2] = [
@@ -285,8 +285,8 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
             pci::copy(&Function::new(&ports, function.id), at, &mem).map_err(BootError::Memory)?;
         }
     }
-    let dma = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
-    space.map_view(View::Device, &dma, &mut pool)?;
+    let device = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
+    space.map_view(View::Device, &device, &mut pool)?;
     let tables_to = pool.mark();
     let tables = FirmwareTables::read(&mem, inputs.efi_system_table)?;
     let scratch = usize::try_from(boot::SMBIOS_AREA).unwrap_or(0);
@@ -302,9 +302,10 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     stop_bus_masters(&ports);
     iommus.open_guest(
         &machine,
-        Root { table: dma.root(), levels: 4 },
+        Root { table: device.root(), levels: 4 },
         Interrupts::for_machine(&Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?),
     )?;
+    dma::keep(iommus, machine);
     info!("guest: {} MiB of RAM, DMA open to it alone", layout.map.ram_bytes() >> 20);
 
     let (log_used, tpm) = measurer.finish();

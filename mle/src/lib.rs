@@ -7,6 +7,7 @@ pub mod acpi;
 pub mod apic;
 pub mod boot;
 pub mod cpu;
+pub mod dma;
 pub mod exposure;
 #[cfg(test)]
 mod fake;

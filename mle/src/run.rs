@@ -17,7 +17,7 @@ use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
 use crate::guest::{ends, pci, ports as guarded};
 use crate::metal::{PhysWindow, Ports, TscClock};
-use crate::{exposure, fatal, services, smi, smp};
+use crate::{dma, exposure, fatal, services, smi, smp};
 
 /// Exits of each CPU, by kind.
 static EXITS: [[AtomicU64; Exit::KINDS]; smp::MAX_CPUS] =
@@ -216,6 +216,7 @@ pub fn guest(
             _ => {}
         }
         // What waits for the guest's own use of the TPM is tried again at the next exit.
+        dma::settle(|| local.id(), clock);
         let _ = exposure::settle(clock);
         smi::look_if_owed(|| local.id(), clock);
     }

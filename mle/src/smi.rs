@@ -3,6 +3,7 @@
 //! UNSAFETY: the instruction that gives random numbers.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
+use core::fmt::Display;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use firmware::exposure::{Decision, Kind, Record, Text};
@@ -23,7 +24,7 @@ use crate::cpu::{Cpu, native_cpuid};
 use crate::metal::{Identity, Msrs, Ports, TscClock};
 use crate::services::PRISTINE_MAX;
 use crate::smp::MAX_CPUS;
-use crate::{exposure, fatal};
+use crate::{dma, exposure, fatal};
 
 /// Room for the WSMT: 40 bytes, and what a later version may add.
 const WSMT_MAX: usize = 256;
@@ -118,12 +119,20 @@ fn look(id: u32, clock: &TscClock) {
     let Some(guard) = GUARD.get().and_then(Mutex::try_lock) else { return };
     LOOK_OWED.store(false, Ordering::Relaxed);
     NEXT_LOOK_US.store(exposure::now_us(clock).saturating_add(LOOK_PERIOD_US), Ordering::Relaxed);
-    let Some(damage) = guard.sums.check(&guard.mem) else { return };
+    if let Some(damage) = guard.sums.check(&guard.mem) {
+        stop(&damage, (damage.range.start() / PAGE_SIZE) as u16, id, clock);
+    }
+    if let Some(damage) = dma::damage(clock) {
+        stop(&damage, 0, id, clock);
+    }
+}
+
+/// Ends the launch: SMM changed what is the MLE's.
+pub fn stop(damage: &dyn Display, detail: u16, id: u32, clock: &TscClock) -> ! {
     let record = Record::new(Kind::REGION_CHANGED, id, exposure::now_us(clock));
     exposure::record(&Record { text: Some(Text::new(damage)), ..record });
     exposure::flush(clock);
-    let page = damage.range.start() / PAGE_SIZE;
-    fatal::stop(MleError::Damage, page as u16, format_args!("after an SMI: {damage}"))
+    fatal::stop(MleError::Damage, detail, format_args!("after an SMI: {damage}"))
 }
 
 /// What became of an SMI that firmware asked for.

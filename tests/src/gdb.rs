@@ -68,7 +68,11 @@ impl Gdb {
     /// Takes over a fresh connection and learns the machine's registers.
     pub fn new(stream: UnixStream) -> Result<Self> {
         let mut gdb = Self { stream, buffer: Vec::new(), registers: Vec::new() };
-        gdb.request("qSupported:xmlRegisters=i386")?;
+        let mut reply = gdb.request("qSupported:xmlRegisters=i386")?;
+        while parse_stop(&reply).is_ok() {
+            // A machine that ran has just been stopped, and that is told first.
+            reply = gdb.receive(Some(REPLY_TIME))?.context("gdb stub: connection closed")?;
+        }
         let target = gdb.description("target.xml")?;
         for include in between(&target, "xi:include href=\"", "\"") {
             let file = gdb.description(include)?;
@@ -245,6 +249,13 @@ impl Gdb {
             self.acknowledged(&format!("M{at:x},{:x}:{}", chunk.len(), hex::encode(chunk)))?;
         }
         Ok(())
+    }
+
+    /// Writes physical memory, past everything that protects it.
+    pub fn write_physical(&mut self, addr: u64, data: &[u8]) -> Result<()> {
+        self.acknowledged("Qqemu.PhyMemMode:1")?;
+        self.write(addr, data)?;
+        self.acknowledged("Qqemu.PhyMemMode:0")
     }
 
     /// Leaves: the stub drops all breakpoints and lets the machine run.

@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::channel::{Channel, Output, Wait};
 use crate::child::{self, Guarded};
 use crate::esp::{self, Item, Source};
+use crate::gdb::Gdb;
 use crate::paths;
 use crate::qmp::Qmp;
 use crate::run_dir::RunDir;
@@ -400,6 +401,13 @@ impl Machine {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Changes physical memory past all protections, as SMM can. The machine stands still meanwhile.
+    pub fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        let mut gdb = Gdb::new(self.dir.connect("gdb.sock")?)?;
+        gdb.write_physical(at, bytes)?;
+        gdb.detach()
     }
 
     /// Output of a command that has not ended.

@@ -173,7 +173,7 @@ impl fmt::Display for Error {
                 write!(f, "IOMMU {}: timeout on register {register:#x}, wanted {wanted:#x}", id(device))
             }
             Self::Memory { address } => write!(f, "DMA area: no access to {address:#x}"),
-            Self::Tampered { address } => write!(f, "DMA area: changed by a device near {address:#x}"),
+            Self::Tampered { address } => write!(f, "DMA area: changed near {address:#x}"),
             Self::Count { found, wanted } => write!(f, "{found} IOMMUs found, {wanted} handed over"),
             Self::Root { root, levels } => {
                 write!(f, "guest DMA table {:#x}: {} levels, limit {levels}", root.table, root.levels)

@@ -182,7 +182,7 @@ impl fmt::Display for Error {
                 write!(f, "VT-d unit {base:#x}: protected regions would cover reserved region {range}")
             }
             Self::Memory { address } => write!(f, "DMA area: no access to {address:#x}"),
-            Self::Tampered { address } => write!(f, "DMA area: changed by a device near {address:#x}"),
+            Self::Tampered { address } => write!(f, "DMA area: changed near {address:#x}"),
             Self::Count { found, wanted } => write!(f, "{found} VT-d units found, {wanted} handed over"),
             Self::Tables(BadTables::Format) => f.write_str("guest DMA tables are not in VT-d's format"),
             Self::Tables(BadTables::Levels(levels)) => {

@@ -7,7 +7,7 @@ use firmware::sandbox::Sandbox;
 use heapless::String;
 
 use crate::guest::pci;
-use crate::{exposure, run};
+use crate::{dma, exposure, run};
 
 /// Contents of Cordon's own variables.
 pub(super) struct Own<'a> {
@@ -39,6 +39,7 @@ impl OwnVariables for Own<'_> {
                 );
                 run::write_refusals(&mut text);
                 pci::write_dropped(&mut text);
+                dma::write_stopped(&mut text);
                 text.as_bytes()
             }
             OwnVariable::Exits => {

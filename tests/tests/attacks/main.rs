@@ -6,6 +6,7 @@
 mod chipset;
 mod firmware;
 mod guest;
+mod smm;
 mod tamper;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,187 @@
+//! DMA protection while the guest runs: what the IOMMUs stopped goes on record, and after an SMI they are compared with what
+//! they were set to.
+
+use core::fmt::{self, Write};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use firmware::exposure::{Access, Decision, Kind, Record, Text};
+use iommu::amd_vi::{AmdVi, Error};
+use iommu::fault::{self, Fault, Meter, Reason};
+use spin::{Mutex, Once};
+
+use crate::metal::{PhysWindow, TscClock};
+use crate::platform::Machine;
+use crate::{exposure, smi};
+
+/// How often the IOMMUs' logs are looked at: three register reads for each IOMMU. There is no interrupt, so no device can
+/// cause a storm of them; a guest that makes no exit leaves the log to fill, which the IOMMU reports.
+const PERIOD_US: u64 = 100_000;
+
+/// The device table is two megabytes: it is not compared more often than this.
+const TABLE_PERIOD_US: u64 = 1_000_000;
+
+static DMA: Once<Mutex<Dma>> = Once::new();
+/// When the logs are looked at next, since the MLE's start.
+static NEXT_US: AtomicU64 = AtomicU64::new(0);
+
+struct Dma {
+    iommus: AmdVi<PhysWindow>,
+    machine: Machine,
+    stopped: Stopped,
+    /// A log could not be read: said once.
+    broken: bool,
+    /// When the device table may be compared next.
+    next_table_us: u64,
+    /// An SMI came, and it was not compared since.
+    table_owed: bool,
+}
+
+/// What was stopped so far.
+struct Stopped {
+    meter: Meter,
+    /// How often a log ran over.
+    overflows: u64,
+}
+
+impl Stopped {
+    const fn new() -> Self {
+        Self { meter: Meter::new(), overflows: 0 }
+    }
+
+    /// Counts a fault; what goes on record of it, if anything does.
+    fn record(&mut self, fault: &Fault, cpu: u32, now_us: u64) -> Option<Record> {
+        let untold = self.meter.admit(now_us)?;
+        let how = match fault.access {
+            fault::Access::Read => Access::READ,
+            fault::Access::Write => Access::WRITE,
+            fault::Access::Unknown => 0,
+        };
+        let access = Some(Access { source: fault.source, address: fault.address, how });
+        let text = match (fault.reason, untold) {
+            (Reason::Denied, 0) => None,
+            (reason, 0) => Some(Text::new(Why(reason))),
+            (reason, n) => Some(Text::new(format_args!("{}; {n} more before it", Why(reason)))),
+        };
+        let record = Record::new(Kind::IOMMU_FAULT, cpu, now_us);
+        Some(Record { access, text, decision: Decision::DENIED, ..record })
+    }
+}
+
+/// In words.
+struct Why(Reason);
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Reason::Denied => f.write_str("not mapped"),
+            Reason::Interrupt => f.write_str("interrupt"),
+            Reason::Broken(code) => write!(f, "IOMMU event {code}"),
+        }
+    }
+}
+
+impl Dma {
+    fn table_damage(&mut self, now_us: u64) -> Option<Error> {
+        if !self.table_owed || now_us < self.next_table_us {
+            return None;
+        }
+        self.table_owed = false;
+        self.next_table_us = now_us.saturating_add(TABLE_PERIOD_US);
+        self.iommus.verify(&self.machine).err()
+    }
+}
+
+/// Takes charge of the IOMMUs, which are open to the guest's devices.
+pub fn keep(iommus: AmdVi<PhysWindow>, machine: Machine) {
+    DMA.call_once(|| {
+        Mutex::new(Dma {
+            iommus,
+            machine,
+            stopped: Stopped::new(),
+            broken: false,
+            next_table_us: 0,
+            table_owed: false,
+        })
+    });
+}
+
+/// Puts on record what was stopped since the last look, if it is time for one. Cheap when not; called at each exit.
+pub fn settle(id: impl FnOnce() -> u32, clock: &TscClock) {
+    let now = exposure::now_us(clock);
+    if now < NEXT_US.load(Ordering::Relaxed) {
+        return;
+    }
+    // Another CPU looks already.
+    let Some(mut dma) = DMA.get().and_then(Mutex::try_lock) else { return };
+    let id = id();
+    if let Some(damage) = dma.table_damage(now) {
+        drop(dma);
+        smi::stop(&damage, 0, id, clock);
+    }
+    let Dma { iommus, machine, stopped, broken, .. } = &mut *dma;
+    let drained = iommus.drain(machine, |fault| {
+        if let Some(record) = stopped.record(&fault, id, now) {
+            exposure::record(&record);
+        }
+    });
+    let period = if drained.as_ref().is_ok_and(|d| d.more) { 0 } else { PERIOD_US };
+    NEXT_US.store(now.saturating_add(period), Ordering::Relaxed);
+    let remark = match drained {
+        Ok(drained) if drained.overflowed => {
+            stopped.overflows = stopped.overflows.saturating_add(1);
+            Text::new("a log of the IOMMU ran over: more was stopped")
+        }
+        Err(error) if !core::mem::replace(broken, true) => Text::new(error),
+        _ => return,
+    };
+    exposure::record(&Record { text: Some(remark), ..Record::new(Kind::IOMMU_FAULT, id, now) });
+}
+
+/// After an SMI: the first register or device table entry that is not what the MLE set. The table is compared at once if it
+/// was not lately, and otherwise by [`settle`].
+pub fn damage(clock: &TscClock) -> Option<Error> {
+    let mut dma = DMA.get()?.lock();
+    dma.table_owed = true;
+    dma.iommus.verify_registers().err().or_else(|| dma.table_damage(exposure::now_us(clock)))
+}
+
+/// Writes how much was stopped.
+pub fn write_stopped(out: &mut impl Write) {
+    let Some(dma) = DMA.get().map(Mutex::lock) else { return };
+    let Stopped { meter, overflows } = &dma.stopped;
+    // A full buffer ends the report early.
+    let _ = writeln!(
+        out,
+        "DMA: {} IOMMUs, {} accesses stopped, {} of them not in the log, {overflows} overflows",
+        dma.iommus.count(),
+        meter.seen(),
+        meter.silent()
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_is_told_with_device_address_and_those_left_out_before_it() {
+        let mut stopped = Stopped::new();
+        let fault = Fault {
+            source: 0x0010_0108,
+            address: 0x7ae0_0000,
+            access: fault::Access::Write,
+            reason: Reason::Denied,
+        };
+        let first = stopped.record(&fault, 3, 7).unwrap();
+        let access = Access { source: 0x0010_0108, address: 0x7ae0_0000, how: Access::WRITE };
+        assert_eq!((first.access, first.text, first.cpu), (Some(access), None, 3));
+        for _ in 0..99 {
+            stopped.record(&fault, 3, 7);
+        }
+        assert_eq!((stopped.meter.seen(), stopped.meter.silent()), (100, 84));
+        let broken = Fault { access: fault::Access::Unknown, reason: Reason::Broken(3), ..fault };
+        let later = stopped.record(&broken, 3, 7 + Meter::PERIOD_US).unwrap();
+        assert_eq!(later.text, Some(Text::new("IOMMU event 3; 84 more before it")));
+        assert_eq!(later.access.unwrap().how, 0);
+    }
+}
