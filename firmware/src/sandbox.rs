@@ -10,7 +10,15 @@ use hv::vcpu::{Access, Exit};
 use crate::config::{Config, Denied, OnDeath, PortRange, SandboxConfig};
 
 /// Index port of the real-time clock.
-const RTC_INDEX: u16 = 0x70;
+pub const RTC_INDEX: u16 = 0x70;
+/// Bit of the index port that masks the machine's NMIs.
+const NMI_MASK: u8 = 1 << 7;
+/// Last register of the clock itself; behind it CMOS memory begins.
+///
+/// Spec: \[ICH9\] "RTC Indexed Registers".
+const RTC_LAST: u8 = 0x0d;
+/// Where firmware keeps the century.
+const RTC_CENTURY: u8 = 0x32;
 /// Data port of the real-time clock.
 const RTC_DATA: u16 = 0x71;
 /// Writes raise a software SMI. Fixed: the ACPI table that could name another port is firmware's own
@@ -158,6 +166,11 @@ pub enum Verdict {
     Cpuid,
     /// Do the port access for the firmware, advance, run on.
     PassPort,
+    /// Write `index` to [`RTC_INDEX`] in place of what the firmware gave, advance, run on.
+    SelectRtc {
+        /// The register of the clock, without the bit that masks NMIs.
+        index: u8,
+    },
     /// IN reads all ones, OUT is dropped; advance, run on.
     DenyPort,
     /// RDMSR reads all ones, WRMSR is dropped; advance, run on.
@@ -202,6 +215,8 @@ pub struct Sandbox {
     state: State,
     config: SandboxConfig,
     pm_timer: Option<u16>,
+    /// The register of the clock that it selected last.
+    rtc_index: u8,
     exits: u32,
     counters: Counters,
 }
@@ -211,7 +226,7 @@ impl Sandbox {
     /// may read: see [`crate::acpi::pm_timer`].
     pub fn new(config: &Config, pm_timer: Option<u16>) -> Self {
         let config = config.sandbox.clone();
-        Self { state: State::Ready, config, pm_timer, exits: 0, counters: Counters::default() }
+        Self { state: State::Ready, config, pm_timer, rtc_index: 0, exits: 0, counters: Counters::default() }
     }
 
     fn limit_us(&self) -> u64 {
@@ -299,6 +314,7 @@ impl Sandbox {
         match verdict {
             Verdict::Stop(reason) => self.state = State::Dead(reason),
             Verdict::RaiseSmi { .. } => bump(&mut self.counters.smis),
+            Verdict::SelectRtc { index } => self.rtc_index = index,
             Verdict::DenyPort => {
                 bump(&mut self.counters.denied_ports);
                 if let Exit::Port { port, .. } = exit {
@@ -343,12 +359,23 @@ impl Sandbox {
     /// A wider access reaches the next ports too, so each port has one width.
     fn port(&self, port: u16, size: u8, input: bool, al: u8) -> Verdict {
         match (port, size, input) {
+            (RTC_INDEX, 1, false) => Verdict::SelectRtc { index: al & !NMI_MASK },
+            // CMOS memory is not the clock's: others keep their settings there.
+            (RTC_DATA, 1, false) if self.rtc_index > RTC_LAST && self.rtc_index != RTC_CENTURY => {
+                self.denied(port, input)
+            }
             (RTC_INDEX | RTC_DATA | SMI_DATA, 1, _) | (SMI_COMMAND, 1, true) => Verdict::PassPort,
             (SMI_COMMAND, 1, false) => Verdict::RaiseSmi { command: al },
             (p, 4, true) if Some(p) == self.pm_timer => Verdict::PassPort,
             _ if self.config.ports.iter().any(|r| r.width == size && whole(r, port)) => Verdict::PassPort,
-            _ if self.config.denied_ports == Denied::Stop => Verdict::Stop(Reason::Port { port, input }),
-            _ => Verdict::DenyPort,
+            _ => self.denied(port, input),
+        }
+    }
+
+    fn denied(&self, port: u16, input: bool) -> Verdict {
+        match self.config.denied_ports {
+            Denied::Stop => Verdict::Stop(Reason::Port { port, input }),
+            Denied::Ignore => Verdict::DenyPort,
         }
     }
 }
@@ -408,9 +435,8 @@ mod tests {
     #[test]
     fn only_the_listed_ports_at_their_widths_are_reached() {
         let mut s = running();
-        let open: [(u16, u8, bool); 8] = [
+        let open: [(u16, u8, bool); 7] = [
             (0x70, 1, true),
-            (0x70, 1, false),
             (0x71, 1, true),
             (0x71, 1, false),
             (0xb2, 1, true),
@@ -421,9 +447,13 @@ mod tests {
         for port_number in 0..=u16::MAX {
             for size in [1, 2, 4] {
                 for input in [true, false] {
-                    let verdict = s.exit(&port(port_number, size, input), false, 0x5a, 1_000);
+                    // Bit 7 of port 70h is not the clock's.
+                    let al = if port_number == 0x70 { 0x8a } else { 0x5a };
+                    let verdict = s.exit(&port(port_number, size, input), false, al, 1_000);
                     let expected = if open.contains(&(port_number, size, input)) {
                         Verdict::PassPort
+                    } else if (port_number, size, input) == (0x70, 1, false) {
+                        Verdict::SelectRtc { index: 0x0a }
                     } else if (port_number, size, input) == (0xb2, 1, false) {
                         Verdict::RaiseSmi { command: 0x5a }
                     } else {
@@ -438,6 +468,21 @@ mod tests {
         let mut s = Sandbox::new(&Config::default(), None);
         s.start(0).unwrap();
         assert_eq!(s.exit(&port(0x608, 4, true), false, 0, 0), Verdict::DenyPort);
+    }
+
+    #[test]
+    fn the_clock_is_written_and_the_memory_behind_it_is_read_alone() {
+        let mut s = running();
+        for index in 0..=0xffu8 {
+            let selected = Verdict::SelectRtc { index: index & 0x7f };
+            assert_eq!(s.exit(&port(0x70, 1, false), false, index, 1_000), selected);
+            assert_eq!(s.exit(&port(0x71, 1, true), false, 0, 1_000), Verdict::PassPort);
+            let expected = match index & 0x7f {
+                0..=0x0d | 0x32 => Verdict::PassPort,
+                _ => Verdict::DenyPort,
+            };
+            assert_eq!(s.exit(&port(0x71, 1, false), false, 0, 1_000), expected, "{index:#x}");
+        }
     }
 
     #[test]

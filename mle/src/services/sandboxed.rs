@@ -2,7 +2,7 @@
 
 use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pending};
 use firmware::exposure::{Kind, Record};
-use firmware::sandbox::{NotReady, Reason, SMI_COMMAND, State, Verdict};
+use firmware::sandbox::{NotReady, RTC_INDEX, Reason, SMI_COMMAND, State, Verdict};
 use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
 use hv::vcpu::{Access, Exit, Vcpu};
@@ -147,6 +147,10 @@ impl Services {
                     v.advance(TWO_BYTES);
                 }
                 Verdict::PassPort => port_access(&mut parts.vcpu, exit, Some(ports)),
+                Verdict::SelectRtc { index } => {
+                    ports.out8(RTC_INDEX, index);
+                    finish_port(&mut parts.vcpu, exit);
+                }
                 Verdict::DenyPort => port_access(&mut parts.vcpu, exit, None),
                 Verdict::DenyMsr => {
                     let v = &mut parts.vcpu;

@@ -138,6 +138,7 @@ fn ports(steps: &[(u16, Port)]) -> Vec<u8> {
                 parts.extend(value.to_le_bytes());
                 parts.push(0xef);
             }
+            Port::In8 => parts.push(0xec),
             Port::In32 => parts.push(0xed),
         }
     }
@@ -148,6 +149,7 @@ fn ports(steps: &[(u16, Port)]) -> Vec<u8> {
 enum Port {
     Out8(u8),
     Out32(u32),
+    In8,
     In32,
 }
 
@@ -510,6 +512,12 @@ fn harmless(machine: &mut Machine, protected: bool) {
         Outcome::Ran(if protected { u32::MAX } else { HOST_BRIDGE }.into()),
         "PCI configuration"
     );
+
+    // CMOS memory behind the clock, where Cordon keeps the reason of a failed launch.
+    let change = [(0x70, Port::Out8(0x74)), (0x71, Port::Out8(0x5a)), (0x71, Port::In8)];
+    let cmos = run(machine, &ports(&change)).unwrap();
+    let Outcome::Ran(value) = cmos else { panic!("CMOS: {cmos:x?}") };
+    assert_eq!(value as u8 == 0x5a, !protected, "CMOS: {value:#x}");
 
     let outcome = run(machine, &lies(&[(plan::SET_STATUS, UNDEFINED)])).unwrap();
     seen(&outcome, EINVAL, "undefined status");
