@@ -9,7 +9,7 @@ override GUEST_CMD := $(value GUEST_CMD)
 override CMDLINE := $(value CMDLINE)
 export GUEST_CMD CMDLINE
 
-.PHONY: help setup build measure run bench lint test test-all
+.PHONY: help setup build measure run bench attacks lint test test-all
 help: ## This text
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 	@sed -n 's/^#@ \?//p' Makefile
@@ -48,6 +48,9 @@ run: $(if $(filter 1,$(NATIVE)),setup,build) ## Boot Linux under Cordon; see bel
 bench: build ## Compare the machine with Cordon to the same one without (RUNS=3 boots of each, and make run's variables)
 	@$(BENCH) bench
 
+attacks: build ## Run every attack with Cordon and without; ends with `N blocked, N live unprotected`
+	@$(BENCH) attacks --all
+
 # Debian's Rust has neither tool, and no `core` for the images' targets that clippy could use.
 lint: setup ## Formatting and lints of the host code and of the images
 	@$(CARGO) fmt --version >/dev/null 2>&1 && $(CARGO) clippy --version >/dev/null 2>&1 || \
@@ -65,7 +68,7 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test -p tests --test builds
 	$(CARGO) test -p tests --test machine -- --test-threads=2
 	$(CARGO) test -p tests --test services -- --test-threads=2
-	$(CARGO) test -p tests --test attacks -- --test-threads=2
+	$(BENCH) attacks
 
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
 	$(CARGO) test -p tests --test services -- --ignored

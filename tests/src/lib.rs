@@ -1,5 +1,6 @@
 //! The bench: emulated machines, the DRTM events they lack, attacks and benchmarks.
 
+pub mod attacks;
 pub mod channel;
 pub mod child;
 pub mod compare;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::machine::{Boot, Console, Firmware, Machine, Spec, Tpm};
 use tests::skinit::Fault;
-use tests::{compare, images, paths};
+use tests::{attacks, compare, images, paths};
 
 #[derive(Parser)]
 #[command(about = "Builds Cordon's images and runs them in emulated machines")]
@@ -26,6 +26,12 @@ enum Action {
     Measure,
     /// Compare the machine with Cordon to the same one without.
     Bench(Box<Bench>),
+    /// Run the attacks with Cordon and without, and count.
+    Attacks {
+        /// Also those that take a machine each.
+        #[arg(long)]
+        all: bool,
+    },
     /// Run a machine: a command in its guest, or a shell on its console.
     Run(Box<Run>),
 }
@@ -160,6 +166,7 @@ fn main() -> ExitCode {
                 compare::compare(&Spec { console: Console::Log, ..bench.machine.spec() }, bench.runs)
             })
             .map(|()| ExitCode::SUCCESS),
+        Action::Attacks { all } => attacks::run(all).map(|()| ExitCode::SUCCESS),
         Action::Run(run) => run.run(),
     };
     result.unwrap_or_else(|error| {

@@ -1,7 +1,7 @@
 //! Attacks by the chipset's configuration registers: those of the memory controller, the IOMMU, and a bridge whose register
 //! block can be put over memory.
 
-use super::{Access, SCRATCH, Target, access, number_after, read, write};
+use super::{Access, SCRATCH, Target, access, number_after, read, seen, write};
 use tests::machine::Machine;
 
 /// A register of a PCI function of bus 0, a byte, and the bits to change.
@@ -64,6 +64,7 @@ pub fn registers(target: &mut Target) {
         assert_eq!(access(machine, &[Access::write(at, old.into()).bits(8)]), [Ok(0)]);
         let identity = access(machine, &[Access::read(at - register.offset)])[0].unwrap();
         assert!(identity != 0 && identity as u32 != u32::MAX, "{what}: identity {identity:#x}");
+        seen(&format!("guest: configuration register, {what}"), *protected);
     }
 }
 
@@ -77,9 +78,9 @@ pub fn register_block(target: &mut Target) {
     let old: [u8; 4] = read_config(machine, LPC, RCBA);
     write(machine, SCRATCH, VALUE);
     write_config(machine, LPC, RCBA, &(SCRATCH as u32 | ENABLE as u32).to_le_bytes());
-    let seen = read(machine, SCRATCH);
+    let found = read(machine, SCRATCH);
     write_config(machine, LPC, RCBA, &old);
-    assert_eq!(seen == VALUE, *protected, "{seen:#x}");
+    assert_eq!(found == VALUE, *protected, "{found:#x}");
     assert_eq!(read(machine, SCRATCH), VALUE);
     // Another of its registers is the guest's.
     let route = Register { what: "PIRQA", device: LPC, offset: 0x60, bits: 1 };
@@ -87,4 +88,5 @@ pub fn register_block(target: &mut Target) {
     write_config(machine, LPC, route.offset, &[old ^ route.bits]);
     assert_eq!(config(machine, &route), old ^ route.bits);
     write_config(machine, LPC, route.offset, &[old]);
+    seen("guest: put a register block over memory", *protected);
 }

@@ -15,7 +15,7 @@ use tests::images;
 use tests::machine::{Boot, Machine, Spec};
 
 use super::guest::Ring0;
-use super::{Edu, Places, SCRATCH, boot, guest, hypercall_at, pcrs, ring0, spec, write};
+use super::{Edu, Places, SCRATCH, boot, guest, hypercall_at, pcrs, ring0, seen, spec, write};
 
 const VARIABLES: &str = "/sys/firmware/efi/efivars";
 const VENDOR: &str = "0badf00d-5eed-4bad-8bad-c0de0badc0de";
@@ -469,7 +469,7 @@ fn all_fail(attacks: &[Fatal], on_death: OnDeath) -> Places {
             machine = start(&spec);
             on = ground(&mut machine);
         }
-        println!("under Cordon: {}: as expected", attack.name);
+        seen(&format!("firmware: {}", attack.name), true);
     }
     machine.power_off().unwrap();
     on.places
@@ -480,7 +480,7 @@ fn all_succeed(attacks: &[Fatal], places: &Places) {
     let (mut machine, ground) = alone(places);
     for attack in attacks {
         succeeds(&mut machine, &ground, attack);
-        println!("without Cordon: {}: as expected", attack.name);
+        seen(&format!("firmware: {}", attack.name), false);
         if !matches!(attack.alone, Alone::Succeeds(_)) {
             break;
         }
@@ -500,9 +500,11 @@ fn harmless(machine: &mut Machine, protected: bool) {
     const CORDON: [u64; 2] = [0x4210_f9e9_a720_b6bf, 0x1fdf_7d1c_2130_63b1];
     const BUFFER_TOO_SMALL: u64 = 1 << 63 | 5;
     const UNDEFINED: u64 = 1 << 63 | 0xdead;
-    let seen = |outcome: &Outcome, alone: &str, what: &str| {
+    let said = |what: &str| seen(&format!("firmware: {what}"), protected);
+    let fails = |outcome: &Outcome, alone: &str, what: &str| {
         let expected = if protected { EIO } else { alone };
         assert!(outcome.failed_with(expected), "{what}: {outcome:x?}");
+        said(what);
     };
 
     // The first device's identity.
@@ -512,19 +514,21 @@ fn harmless(machine: &mut Machine, protected: bool) {
         Outcome::Ran(if protected { u32::MAX } else { HOST_BRIDGE }.into()),
         "PCI configuration"
     );
+    said("PCI configuration by ports");
 
     // CMOS memory behind the clock, where Cordon keeps the reason of a failed launch.
     let change = [(0x70, Port::Out8(0x74)), (0x71, Port::Out8(0x5a)), (0x71, Port::In8)];
     let cmos = run(machine, &ports(&change)).unwrap();
     let Outcome::Ran(value) = cmos else { panic!("CMOS: {cmos:x?}") };
     assert_eq!(value as u8 == 0x5a, !protected, "CMOS: {value:#x}");
+    said("CMOS memory behind the clock");
 
     let outcome = run(machine, &lies(&[(plan::SET_STATUS, UNDEFINED)])).unwrap();
-    seen(&outcome, EINVAL, "undefined status");
+    fails(&outcome, EINVAL, "undefined status");
 
     // A size that no buffer has, and one larger than the buffer with success.
     let giant = lies(&[(plan::GET_SIZE, 1 << 62), (plan::GET_STATUS, BUFFER_TOO_SMALL), (plan::GET_LIES, 1)]);
-    seen(&run(machine, &giant).unwrap(), "Cannot allocate memory", "giant variable");
+    fails(&run(machine, &giant).unwrap(), "Cannot allocate memory", "giant variable");
     let (order, file) = order(&lies(&[(plan::GET_SIZE, 0x400), (plan::GET_LIES, 1)]));
     let read =
         machine.run(&format!("{order} && cat {file} 2>/tmp/error | wc -c; cat /tmp/error")).unwrap().text();
@@ -534,6 +538,7 @@ fn harmless(machine: &mut Machine, protected: bool) {
         // The attributes, and as much of the kernel's memory.
         assert_eq!(read, "1028");
     }
+    said("success with more bytes than there is room");
 
     // A variable under Cordon's GUID that firmware makes up.
     let forged = [
@@ -547,6 +552,7 @@ fn harmless(machine: &mut Machine, protected: bool) {
     let names = listed(machine);
     assert_eq!(names.contains("AAAA-a720b6bf"), !protected, "forged variable: {names}");
     assert_eq!(names.contains("Status-a720b6bf"), protected, "forged variable: {names}");
+    said("variable under Cordon's GUID");
 
     // A name without an end.
     let endless =
@@ -554,6 +560,7 @@ fn harmless(machine: &mut Machine, protected: bool) {
     run(machine, &lies(&endless)).unwrap();
     let names = listed(machine);
     assert_eq!(names.contains("AAAAAAAA"), !protected, "endless name: {names}");
+    said("name without an end");
 
     // Honest again, all variables are there.
     run(machine, &lies(&[])).unwrap();
@@ -579,6 +586,7 @@ fn harmless(machine: &mut Machine, protected: bool) {
         let error = reset.expect_err("reset").to_string();
         assert!(error.contains("guest-reset"), "{error}");
     }
+    said("reset by port CF9h");
 }
 
 #[test]
@@ -613,7 +621,7 @@ fn firmware_ends_the_machine_without_cordon() {
     for attack in attacks().iter().filter(|attack| !matches!(attack.alone, Alone::Succeeds(_))) {
         let (mut machine, ground) = alone(&places);
         succeeds(&mut machine, &ground, attack);
-        println!("without Cordon: {}: as expected", attack.name);
+        seen(&format!("firmware: {}", attack.name), false);
     }
 }
 
@@ -652,6 +660,7 @@ fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
     lives(&mut machine, "a loop");
     let status = status(&mut machine);
     assert!(names(&status, &Reason::Budget { used_us: 0, limit_us: 0 }), "{status}");
+    seen("firmware: loop under a guest with interrupts off", true);
 }
 
 /// Whatever firmware says its variables are, the guest finds Cordon's.
@@ -661,4 +670,5 @@ fn firmware_that_lies_hides_no_variable_of_cordons() {
     run(&mut machine, &lies(&[(plan::NEXT_STATUS, 1 << 63 | 7), (plan::NEXT_LIES, 1)])).unwrap();
     let names = listed(&mut machine);
     assert!(names.contains("Status-a720b6bf"), "{names}");
+    seen("firmware: end the list of variables before Cordon's", true);
 }

@@ -1,7 +1,7 @@
 //! Attacks of a guest's root user on the measured machine: `docs/attacks.md`.
 //!
 //! Each attack runs twice, by the same commands at the same addresses: under Cordon, where it must fail, and on the same
-//! machine without Cordon, where it must succeed.
+//! machine without Cordon, where it must succeed. `make attacks` counts what they say by `seen`.
 
 mod chipset;
 mod firmware;
@@ -16,6 +16,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use ::firmware::service::Service;
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
+use tests::attacks::seen;
 use tests::machine::{Boot, Machine, Spec};
 use tests::{images, paths};
 use zerocopy::FromBytes;
@@ -103,18 +104,19 @@ impl Places {
     }
 
     /// What nobody but Cordon may reach: memory of each kind, at its ends and inside.
-    fn closed(&self) -> Vec<u64> {
+    fn closed(&self) -> Vec<(&'static str, u64)> {
         // devmem maps two pages for an access to the last 31 bytes of one.
         let end = |base: u64, size: u64| base + size - 0x20;
         let (mle, size) = (self.mle, self.mle_size);
         let image = fs::metadata(paths::mle()).unwrap().len();
-        let mut places =
-            vec![mle, mle + (image & !0xfff), mle + size / 2, mle + size - (4 << 20), end(mle, size)];
-        places.extend([self.slb, self.slb + SLB_SIZE / 2, end(self.slb, SLB_SIZE)]);
-        places.extend([self.launch_page, end(self.launch_page, LAUNCH_PAGE_SIZE)]);
-        for &(first, last) in &self.runtime {
-            places.extend([first, end(first, last - first + 1)]);
-        }
+        let mle = [mle, mle + (image & !0xfff), mle + size / 2, mle + size - (4 << 20), end(mle, size)];
+        let slb = [self.slb, self.slb + SLB_SIZE / 2, end(self.slb, SLB_SIZE)];
+        let launch_page = [self.launch_page, end(self.launch_page, LAUNCH_PAGE_SIZE)];
+        let runtime = self.runtime.iter().flat_map(|&(first, last)| [first, end(first, last - first + 1)]);
+        let mut places = mle.map(|at| ("MLE region", at)).to_vec();
+        places.extend(slb.map(|at| ("SLB", at)));
+        places.extend(launch_page.map(|at| ("launch page", at)));
+        places.extend(runtime.map(|at| ("EFI runtime code and data", at)));
         places
     }
 }
@@ -203,37 +205,43 @@ fn all_refused(machine: &mut Machine, accesses: &[Access]) {
     }
 }
 
+fn reach(what: &str) -> String {
+    format!("guest: read and write the {what}")
+}
+
 /// Reads and writes what must not be reached. Where nothing protects it, what is written is there.
 fn memory(target: &mut Target) {
     let Target { machine, places, protected } = target;
     let closed = places.closed();
     if !*protected {
-        for at in closed {
+        for (what, at) in closed {
             let old = access(machine, &[Access::read(at)])[0].unwrap_or_else(|s| panic!("{at:#x}: {s}"));
             // Put back at once: some of it is in use.
             let other = old ^ 0xffff_ffff;
             let results =
                 access(machine, &[Access::write(at, other), Access::read(at), Access::write(at, old)]);
             assert_eq!(results[1], Ok(other), "{at:#x}: {results:x?}");
+            seen(&reach(what), false);
         }
         return;
     }
     // The addresses are right: the MLE is there.
     let image = fs::read(paths::mle()).unwrap();
     assert_eq!(machine.memory(places.mle, 32).unwrap(), image[..32]);
-    let before: Vec<_> = closed.iter().map(|&at| machine.memory(at, 4).unwrap()).collect();
+    let before: Vec<_> = closed.iter().map(|&(_, at)| machine.memory(at, 4).unwrap()).collect();
     let mut accesses = Vec::new();
     for cpu in 0..2 {
-        for &at in &closed {
+        for &(_, at) in &closed {
             accesses.push(Access { cpu, ..Access::read(at) });
             accesses.push(Access { cpu, ..Access::write(at, 0x5a5a_a5a5) });
         }
     }
     all_refused(machine, &accesses);
-    for (at, before) in closed.iter().zip(before) {
-        let now = machine.memory(*at, 4).unwrap();
+    for ((what, at), before) in closed.into_iter().zip(before) {
+        let now = machine.memory(at, 4).unwrap();
         // The MLE works in its own memory, but none of it becomes what was to be written.
         assert_ne!(now, 0x5a5a_a5a5_u32.to_le_bytes(), "{at:#x}, {before:x?} before");
+        seen(&reach(what), true);
     }
     assert_eq!(machine.memory(places.mle, 32).unwrap(), image[..32]);
     // The page after the launch page is the guest's.
@@ -263,6 +271,7 @@ fn tpm_locality(target: &mut Target) {
         let results = access(machine, &tries.map(|a| a.bits(8)));
         assert!(results[1].is_ok_and(|v| v & (VALID | ACTIVE) == VALID | ACTIVE), "{results:x?}");
     }
+    seen("guest: take locality 2 of the TPM", target.protected);
 }
 
 /// Reads and writes registers of the IOMMU: device table base, control, command queue, last register.
@@ -276,6 +285,7 @@ fn iommu_registers(target: &mut Target) {
             assert_eq!(access(machine, &[Access::write(register, value)])[0], Ok(0));
         }
     }
+    seen("guest: read and write the IOMMU's registers", target.protected);
 }
 
 const EFER: u32 = 0xc000_0080;
@@ -363,6 +373,7 @@ fn msrs(target: &mut Target) {
             } else {
                 assert!(old.is_some() && result[0].is_some(), "{name} on CPU {cpu}: {old:x?}, {result:x?}");
             }
+            seen(&format!("guest: MSR, {name}"), *protected);
         }
         // SVME does not show. A register of the guest's can be read and written: the way there is not what fails.
         let sysenter = access_msrs(machine, cpu, &[(EFER, None), (0x174, None)]);
@@ -390,6 +401,7 @@ fn cpuid(target: &mut Target) {
     assert_eq!(status, 0);
     let svm = machine.run("grep -qw svm /proc/cpuinfo").unwrap().status == 0;
     assert_eq!((signature == b"CordonMLE   ", svm), (target.protected, !target.protected));
+    seen("guest: find SVM", target.protected);
 }
 
 /// Page offset of a service's hypercall in Cordon's thunk page.
@@ -408,6 +420,9 @@ fn hypercalls_of_programs(target: &mut Target) {
     let mut harmless = program;
     harmless[at..at + 3].copy_from_slice(&[0x90; 3]);
     assert_eq!(run_program(&mut target.machine, &harmless).0, 0);
+    if target.protected {
+        seen("guest: hypercall of a program", true);
+    }
 }
 
 /// Runs instructions at CPL 0 of the first CPU, with the page at `page` mapped for them.
@@ -454,13 +469,15 @@ fn svm_instructions(target: &mut Target) {
         } else {
             assert!(matches!(result, Ring0::Ran(_)), "{name}: {result:?}");
         }
+        seen(&format!("guest: {name}"), *protected);
     }
     if *protected {
         // VMSAVE and VMRUN use physical addresses, past all page tables. They and SKINIT have no control natively: one
         // would hang, the other is not in QEMU.
         let in_mle = |insn: [u8; 3]| [guest::rax(places.mle + 0x1000).as_slice(), &insn].concat();
-        for insn in [[0x0f, 0x01, 0xd8], [0x0f, 0x01, 0xda], [0x0f, 0x01, 0xdb], [0x0f, 0x01, 0xde]] {
-            assert_eq!(ring0(machine, SCRATCH, &in_mle(insn)), UD, "{insn:x?}");
+        for (name, opcode) in [("VMRUN", 0xd8), ("VMLOAD", 0xda), ("VMSAVE", 0xdb), ("SKINIT", 0xde)] {
+            assert_eq!(ring0(machine, SCRATCH, &in_mle([0x0f, 0x01, opcode])), UD, "{name}");
+            seen(&format!("guest: {name} with the MLE's memory"), true);
         }
     }
 }
@@ -497,12 +514,20 @@ fn hypercalls_of_kernels(target: &mut Target) {
     assert_ne!(read(machine, SCRATCH), 0, "bytes for variables");
     // With results for anybody else's it does not: EFI_INVALID_PARAMETER.
     let (runtime, _) = places.runtime[0];
-    for page in [places.mle, places.mle + 0x10_0000, places.slb, places.launch_page, runtime, 0xfed4_2000] {
+    for (what, page) in [
+        ("MLE", places.mle),
+        ("MLE's data", places.mle + 0x10_0000),
+        ("SLB", places.slb),
+        ("launch page", places.launch_page),
+        ("EFI runtime data", runtime),
+        ("TPM", 0xfed4_2000),
+    ] {
         let before = (page != 0xfed4_2000).then(|| machine.memory(page, 0x200).unwrap());
         assert_eq!(ring0(machine, page, &there), Ring0::Ran(2), "results at {page:#x}");
         if let Some(before) = before {
             assert!(machine.memory(page, 0x200).unwrap() == before, "{page:#x} changed");
         }
+        seen(&format!("guest: hypercall with results for the {what}"), true);
     }
 }
 
@@ -559,7 +584,12 @@ fn dma(target: &mut Target) {
     edu.give(machine, SCRATCH + 16);
     assert_eq!(read(machine, SCRATCH + 16), NEW);
     let (runtime, _) = places.runtime[0];
-    for at in [places.mle, places.mle + places.mle_size - (4 << 20), places.slb, runtime] {
+    for (what, at) in [
+        ("MLE", places.mle),
+        ("device table", places.mle + places.mle_size - (4 << 20)),
+        ("SLB", places.slb),
+        ("EFI runtime data", runtime),
+    ] {
         let before = word(machine, at);
         edu.take(machine, SCRATCH);
         edu.give(machine, at);
@@ -567,14 +597,15 @@ fn dma(target: &mut Target) {
         edu.take(machine, SCRATCH + 8);
         edu.take(machine, at);
         edu.give(machine, SCRATCH + 24);
-        let seen = read(machine, SCRATCH + 24);
+        let found = read(machine, SCRATCH + 24);
         if *protected {
             assert_eq!(after, before, "{at:#x} changed");
-            assert!(seen != before || before == 0, "{at:#x} was read: {seen:#x}");
+            assert!(found != before || before == 0, "{at:#x} was read: {found:#x}");
         } else {
-            assert_eq!((after, seen), (NEW, NEW), "{at:#x}");
+            assert_eq!((after, found), (NEW, NEW), "{at:#x}");
             write(machine, at, before);
         }
+        seen(&format!("guest: a device reads and writes the {what}"), *protected);
     }
 }
 
@@ -595,16 +626,17 @@ fn a20(target: &mut Target) {
     let (at_closed, at_neighbour) = (content(machine, closed), content(machine, neighbour));
     assert_ne!(at_closed, at_neighbour);
     assert!(matches!(ring0(machine, SCRATCH, &guest::call_mapped()), Ring0::Ran(_)));
-    let seen = content(machine, SCRATCH + guest::A20_SEEN);
+    let found = content(machine, SCRATCH + guest::A20_SEEN);
     let expected = if *protected { &at_neighbour } else { &at_closed };
-    assert_eq!(&seen, expected, "{closed:#x} holds {at_closed:x?}");
+    assert_eq!(&found, expected, "{closed:#x} holds {at_closed:x?}");
+    seen("guest: reach the launch page by masking address line 20", *protected);
 }
 
 fn pcrs(machine: &mut Machine) -> [String; 3] {
     [17, 18, 19].map(|n| machine.check(&format!("cat /sys/class/tpm/tpm0/pcr-sha256/{n}")).unwrap())
 }
 
-/// Runs all attacks, and says of each what came of it.
+/// Runs all attacks, and says which did not come to what they should.
 fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
     let attacks: [(&str, fn(&mut Target)); 11] = [
         ("memory", memory),
@@ -621,15 +653,11 @@ fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
     ];
     let mut failures = BTreeMap::new();
     for (name, attack) in attacks {
-        let start = std::time::Instant::now();
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| attack(target))) {
             let text = panic.downcast_ref::<String>().cloned();
             let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
             failures.insert(name, text.unwrap_or_default());
         }
-        let time = start.elapsed().as_secs_f64();
-        let verdict = if failures.contains_key(name) { "NOT as expected" } else { "as expected" };
-        println!("protected: {}, {name}: {verdict}, {time:.1} s", target.protected);
     }
     failures
 }

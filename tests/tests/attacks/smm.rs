@@ -1,13 +1,13 @@
 //! SMM that changes what is the MLE's. The bench plays it: it changes memory past all protections, and an SMI comes after.
 
-use super::{Boot, Places, boot, spec};
+use super::{Boot, Places, boot, seen, spec};
 use tests::machine::Machine;
 
 /// Device table base of QEMU's `amd-iommu`; bits 8:0 are the table's size.
 const DEVICE_TABLE: u64 = 0xfed8_0000;
 
 /// Flips a bit of the byte that `place` chooses: nothing happens before an SMI, and the launch ends after it.
-fn ends_after_an_smi(place: impl Fn(&mut Machine, &Places) -> u64, reason: &str) {
+fn ends_after_an_smi(what: &str, place: impl Fn(&mut Machine, &Places) -> u64, reason: &str) {
     let mut machine = boot(&spec(Boot::Cordon, &[]));
     let places = Places::find(&mut machine);
     let at = place(&mut machine, &places);
@@ -25,6 +25,7 @@ fn ends_after_an_smi(place: impl Fn(&mut Machine, &Places) -> u64, reason: &str)
     assert!(error.contains("guest-reset") && !error.contains("triple"), "{error}");
     let console = machine.console();
     assert!(console.contains("after an SMI") && console.contains(reason), "{console}");
+    seen(&format!("SMM: change the {what} unseen"), true);
 }
 
 #[test]
@@ -34,12 +35,12 @@ fn a_device_table_that_smm_changed_ends_the_launch() {
         let base = machine.memory(DEVICE_TABLE, 8).unwrap();
         (u64::from_le_bytes(base.try_into().unwrap()) & !0xfff) + 0xffff * 32 + 8
     };
-    ends_after_an_smi(last, "DMA area: changed near");
+    ends_after_an_smi("device table", last, "DMA area: changed near");
 }
 
 #[test]
 #[ignore = "the same for other memory; `make test-all` runs it"]
 fn an_image_that_smm_changed_ends_the_launch() {
     // In the header, which nobody reads any more.
-    ends_after_an_smi(|_, places| places.mle + 8, "memory of the MLE changed");
+    ends_after_an_smi("MLE", |_, places| places.mle + 8, "memory of the MLE changed");
 }

@@ -1,0 +1,120 @@
+//! What came of attacks. A test says of each attack that failed under Cordon, and of each that succeeded without, by a
+//! line on its standard output; the bench runs the tests and counts these lines.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::paths;
+
+const BLOCKED: &str = "blocked under Cordon: ";
+const LIVE: &str = "live without Cordon: ";
+
+/// Says that `attack` came to what it should: nothing on a machine that Cordon protects, its aim on one that it does not.
+/// Call it when the test has seen that.
+pub fn seen(attack: &str, protected: bool) {
+    println!("{}{attack}", if protected { BLOCKED } else { LIVE });
+}
+
+/// All attacks that tests spoke of, in that order.
+#[derive(Default)]
+struct Board {
+    rows: Vec<Row>,
+}
+
+struct Row {
+    attack: String,
+    blocked: bool,
+    live: bool,
+}
+
+impl Board {
+    /// Takes note of a line of a test's output, if it speaks of an attack. The harness may have written something before it.
+    fn note(&mut self, line: &str) {
+        for (mark, blocked) in [(BLOCKED, true), (LIVE, false)] {
+            let Some((_, attack)) = line.split_once(mark) else { continue };
+            let at = self.rows.iter().position(|row| row.attack == attack).unwrap_or_else(|| {
+                self.rows.push(Row { attack: attack.to_owned(), blocked: false, live: false });
+                self.rows.len() - 1
+            });
+            self.rows[at].blocked |= blocked;
+            self.rows[at].live |= !blocked;
+        }
+    }
+
+    /// One row for each attack; those of one attacker, which is what stands before the colon, follow each other.
+    fn table(&self) -> String {
+        let width = self.rows.iter().map(|row| row.attack.len()).fold("attack".len(), usize::max);
+        let mut text = format!("{:<width$}  with Cordon  without\n", "attack");
+        let mut rows: Vec<_> = self.rows.iter().collect();
+        rows.sort_by_key(|row| row.attack.split(':').next());
+        for Row { attack, blocked, live } in rows {
+            let with = if *blocked { "blocked" } else { "NOT SEEN" };
+            let without = if *live { "live" } else { "no control" };
+            text.push_str(&format!("{attack:<width$}  {with:<11}  {without}\n"));
+        }
+        let count = |is: fn(&Row) -> bool| self.rows.iter().filter(|row| is(row)).count();
+        text.push_str(&format!("{} blocked, {} live unprotected", count(|r| r.blocked), count(|r| r.live)));
+        text
+    }
+}
+
+/// Runs the tests of attacks, with those that take long if `all`, and prints a table of what was seen and its sums.
+pub fn run(all: bool) -> Result<()> {
+    let mut command = Command::new("cargo");
+    command.current_dir(paths::root()).stdout(Stdio::piped());
+    command.args(["test", "-p", "tests", "--test", "attacks", "--", "--nocapture", "--test-threads=2"]);
+    if all {
+        command.arg("--include-ignored");
+    }
+    let mut tests = command.spawn().context("starting cargo")?;
+    let mut board = Board::default();
+    for line in BufReader::new(tests.stdout.take().context("cargo's output")?).lines() {
+        let line = line.context("the tests' output")?;
+        board.note(&line);
+        writeln!(std::io::stdout(), "{line}")?;
+    }
+    let status = tests.wait().context("waiting for cargo")?;
+    writeln!(std::io::stdout(), "{}", board.table())?;
+    ensure!(status.success(), "the tests of attacks: {status}");
+    let unseen: Vec<_> =
+        board.rows.iter().filter(|row| !row.blocked).map(|row| row.attack.as_str()).collect();
+    ensure!(unseen.is_empty(), "not seen to fail under Cordon: {}", unseen.join(", "));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_attack_counts_once_for_each_machine() {
+        let mut board = Board::default();
+        for line in [
+            "running 2 tests",
+            "test dma ... blocked under Cordon: guest: a",
+            "live without Cordon: guest: a",
+            "blocked under Cordon: firmware: b",
+            "blocked under Cordon: guest: a",
+        ] {
+            board.note(line);
+        }
+        let table = "\
+attack       with Cordon  without
+firmware: b  blocked      no control
+guest: a     blocked      live
+2 blocked, 1 live unprotected";
+        assert_eq!(board.table(), table);
+    }
+
+    #[test]
+    fn what_is_only_seen_to_succeed_stands_out() {
+        let mut board = Board::default();
+        board.note("live without Cordon: a");
+        assert_eq!(
+            board.table(),
+            "attack  with Cordon  without\na       NOT SEEN     live\n0 blocked, 1 live unprotected"
+        );
+    }
+}
