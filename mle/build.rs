@@ -12,4 +12,6 @@ fn main() {
         println!("cargo:rerun-if-changed={script}");
         println!("cargo:rustc-link-arg-bin={image}=-T{script}");
     }
+    // A word for 63 places instead of three words for one.
+    println!("cargo:rustc-link-arg-bin=mle=--pack-dyn-relocs=relr");
 }

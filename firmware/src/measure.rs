@@ -7,7 +7,7 @@
 use core::fmt::{self, Write};
 
 use heapless::{String, Vec};
-use hv::addr::PhysRange;
+use hv::addr::{PhysRange, sort_by_range};
 
 use crate::acpi::{MAX_TABLES, Signature, Tables};
 use crate::memmap::{MAX_DESCRIPTORS, MemoryMap, MemoryType};
@@ -83,7 +83,7 @@ pub fn items(map: &MemoryMap, acpi: Option<&Tables>) -> Result<Vec<Item, MAX_ITE
         }
         let _ = items.push(Item { kind: Kind::Acpi(table.signature), range: table.range });
     }
-    items.sort_unstable_by_key(|i| i.range);
+    sort_by_range(&mut items, |i| i.range);
     Ok(items)
 }
 

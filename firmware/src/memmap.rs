@@ -5,7 +5,7 @@
 use core::fmt;
 
 use heapless::Vec;
-use hv::addr::{PAGE_SIZE, PhysRange};
+use hv::addr::{PAGE_SIZE, PhysRange, sort_by_range};
 pub use uefi_raw::table::boot::{MemoryAttribute, MemoryType};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -261,7 +261,7 @@ impl MemoryMap {
             let full = MapError::TooMany { what: "descriptors", limit: MAX_DESCRIPTORS };
             regions.push(region).map_err(|_| full)?;
         }
-        regions.sort_unstable_by_key(|r| r.range);
+        sort_by_range(&mut regions, |r| r.range);
         for (a, b) in regions.iter().zip(regions.iter().skip(1)) {
             if a.range.overlaps(&b.range) {
                 return Err(MapError::Overlap(a.range, b.range));
@@ -360,7 +360,7 @@ fn normal(carve_outs: &[CarveOut]) -> Result<Vec<CarveOut, MAX_CARVE_OUTS>, MapE
     for c in &mut sorted {
         c.range = c.range.page_outward();
     }
-    sorted.sort_unstable_by_key(|c| c.range);
+    sort_by_range(&mut sorted, |c| c.range);
     let mut out = Vec::<CarveOut, MAX_CARVE_OUTS>::new();
     for c in sorted {
         match out.last_mut() {

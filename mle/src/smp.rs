@@ -213,7 +213,7 @@ static ROOT: AtomicU64 = AtomicU64::new(0);
 /// Startup vector of the launch page.
 static START_VECTOR: AtomicU32 = AtomicU32::new(0);
 /// What each AP takes when it arrives, by its number.
-static SETUPS: Mutex<[Option<Setup>; MAX_CPUS]> = Mutex::new([const { None }; MAX_CPUS]);
+static SETUPS: Mutex<Vec<Setup, MAX_CPUS>> = Mutex::new(Vec::new());
 
 /// What an AP takes with it, each time that it starts.
 #[derive(Clone)]
@@ -295,9 +295,7 @@ pub fn start(
         };
     }
     ROOT.store(own.root(), Ordering::Release);
-    for (place, setup) in SETUPS.lock().iter_mut().zip(setups) {
-        *place = Some(setup);
-    }
+    *SETUPS.lock() = setups;
 
     let base = page.start();
     let len = offset(&raw const ap_end) as usize;
@@ -338,7 +336,7 @@ pub fn start(
 /// An AP's first Rust.
 extern "sysv64" fn entry(index: u32) -> ! {
     let number = usize::try_from(index).unwrap_or(usize::MAX);
-    let setup = SETUPS.lock().get(number).and_then(Clone::clone);
+    let setup = SETUPS.lock().get(number).cloned();
     let number = number.saturating_add(1);
     let (Some(mut setup), Some(slot)) = (setup, SLOTS.get(number)) else {
         fatal::stop(MleError::Cpu, index as u16, format_args!("AP {index} has no set-up"))

@@ -9,6 +9,7 @@
 
 use core::arch::{asm, naked_asm};
 use core::cell::UnsafeCell;
+use core::mem::offset_of;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use x86::bits64::task::TaskStateSegment;
@@ -64,24 +65,37 @@ unsafe impl Sync for Idt {}
 static IDT: Idt = Idt(UnsafeCell::new([Gate { low: 0, high: 0 }; 256]));
 
 /// Bytes between the entry points of two vectors.
-const STUB_SIZE: u64 = 16;
+const STUB_SIZE: u64 = 8;
 
-/// Entry points of all 256 vectors: push an error code where the CPU did not, push the vector.
+/// Entry points of all 256 vectors: push the vector, of which the low byte counts (PUSH extends its sign), and go where it
+/// is known whether the CPU pushed an error code before.
 #[unsafe(naked)]
 unsafe extern "C" fn stubs() {
     naked_asm!(
         ".set vector, 0",
         ".rept 256",
-        ".balign 16",
-        ".if vector != 8 && (vector < 10 || vector > 14) && vector != 17 && vector != 21 && vector != 29 && vector != 30",
-        "push 0",
-        ".endif",
+        ".balign 8",
+        ".if vector < 128",
         "push vector",
+        ".else",
+        "push vector - 256",
+        ".endif",
+        ".if vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21 || vector == 29 || vector == 30",
         "jmp {common}",
+        ".else",
+        "jmp {without_error}",
+        ".endif",
         ".set vector, vector + 1",
         ".endr",
         common = sym common,
+        without_error = sym without_error,
     )
+}
+
+/// Puts 0 where the CPU pushes an error code, below the vector.
+#[unsafe(naked)]
+unsafe extern "C" fn without_error() {
+    naked_asm!("push [rsp]", "mov qword ptr [rsp + 8], 0", "jmp {common}", common = sym common)
 }
 
 /// What the stubs and the CPU pushed.
@@ -111,12 +125,15 @@ unsafe extern "C" fn common() {
     // Entered with RSP 16-byte aligned: five words from the CPU, error code, vector, nine registers are sixteen.
     naked_asm!(
         "push rax", "push rcx", "push rdx", "push rdi", "push rsi", "push r8", "push r9", "push r10", "push r11",
+        "movzx eax, byte ptr [rsp + {vector}]",
+        "mov [rsp + {vector}], rax",
         "cld",
         "mov rdi, rsp",
         "call {handler}",
         "pop r11", "pop r10", "pop r9", "pop r8", "pop rsi", "pop rdi", "pop rdx", "pop rcx", "pop rax",
         "add rsp, 16",
         "iretq",
+        vector = const offset_of!(Frame, vector),
         handler = sym handler,
     )
 }
