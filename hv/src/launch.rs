@@ -48,11 +48,13 @@ pub struct MleHeader {
     pub image_size: U64,
     /// Bytes of the MLE region the image wants, a multiple of 2 MiB, [`DMA_AREA_SIZE`] included.
     pub region_size: U64,
+    /// Where in the file the header lies by which SINIT knows the image: the entry point there is 32-bit code.
+    pub txt_header: U32,
 }
 /// [`MleHeader::magic`].
 pub const MLE_MAGIC: [u8; 8] = *b"CORDNMLE";
 /// [`MleHeader::version`]: counts changes of [`CordonEntry`] and [`Handoff`] too.
-pub const MLE_VERSION: u32 = 1;
+pub const MLE_VERSION: u32 = 2;
 /// Alignment of the MLE region and of its size, so that nested tables leave it out with few small pages.
 pub const MLE_REGION_ALIGN: u64 = 2 << 20;
 /// Smallest and largest region accepted.
@@ -67,6 +69,10 @@ pub const DMA_AREA_SIZE: u64 = 4 << 20;
 /// [`CordonEntry::flags`]: go on when the TPM interface offers no locality 2 (PCR 17–19 then lack what
 /// Cordon measures and I4 does not hold; the log says so).
 pub const FLAG_LOCALITY0_ALLOWED: u32 = 1;
+
+/// [`CordonEntry::flags`]: after SENTER, go on with VT-d units that have no protected memory regions, so that devices could
+/// write everywhere until the MLE's tables were in force (emulators; the exposure log says so).
+pub const FLAG_REGIONS_OPTIONAL: u32 = 2;
 
 /// A piece of memory in an SLRT entry: address and length in bytes; an absent piece has length 0.
 #[derive(
@@ -127,7 +133,7 @@ pub const LAUNCH_PAGE_SIZE: u64 = 0x2000;
 pub struct Handoff {
     /// [`HANDOFF_MAGIC`].
     pub magic: u64,
-    /// SLB base address.
+    /// SLB base address; 0 after SENTER, which has no SLB.
     pub slb_base: u64,
     /// SLRT address: checked once by the SLB stage, still hostile.
     pub slrt_base: u64,
@@ -137,7 +143,8 @@ pub struct Handoff {
     pub log_base: u64,
     /// Event log bytes.
     pub log_size: u64,
-    /// SHA-256 of the MLE image, whose digests the SLB stage has extended into PCR 17. The MLE begins the log with it.
+    /// SHA-256 of the MLE image, whose digests the SLB stage has extended into PCR 17. The MLE begins the log with it; zeros
+    /// after SENTER, where SINIT's log has it.
     pub mle_sha256: [u8; 32],
     /// MLE region base.
     pub region_base: u64,
@@ -147,7 +154,7 @@ pub struct Handoff {
     pub tsc_khz: u64,
     /// 1 when the TPM offered no locality 2 and the configuration allowed to go on.
     pub tpm_degraded: u64,
-    /// IOMMUs that the SLB stage has set to deny all DMA.
+    /// IOMMUs that the SLB stage has set to deny all DMA; 0 after SENTER.
     pub iommu_count: u64,
 }
 /// [`Handoff::magic`].

@@ -70,6 +70,8 @@ pub enum Hole {
     IommuRegisters,
     /// The pages from which CPUs are started.
     LaunchPage,
+    /// Registers, heap, module and page tables of a launch by SENTER.
+    Txt,
 }
 
 /// What a view may do with a page.
@@ -336,8 +338,8 @@ mod tests {
     use crate::radix::{AMD_VI, EPT, Format, NPT, PageSize, VT_D};
 
     const VIEWS: [View; 3] = [View::Guest, View::Sandbox, View::Device];
-    const HOLES: [Hole; 5] =
-        [Hole::Mle, Hole::Slb, Hole::TpmLocality, Hole::IommuRegisters, Hole::LaunchPage];
+    const HOLES: [Hole; 6] =
+        [Hole::Mle, Hole::Slb, Hole::TpmLocality, Hole::IommuRegisters, Hole::LaunchPage, Hole::Txt];
     const OPEN: [Kind; 9] = [
         Kind::Other,
         Kind::Ram,

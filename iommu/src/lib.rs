@@ -24,6 +24,8 @@ mod qemu;
 pub mod reserved;
 pub mod vt_d;
 
+pub use area::DmaArea;
+
 use hv::io::{Clock, Mmio, PhysMem, PortIo};
 
 /// The machine as this crate needs it: ports (PCI configuration), time, memory, device registers, chance.

@@ -140,8 +140,8 @@ pub fn plan(
     staging: Option<u64>,
     guarded: usize,
 ) -> Result<Layout, BootError> {
-    let reserved = [inputs.slb, inputs.region, inputs.launch_page, inputs.log]
-        .map(|range| CarveOut { range, usage: Use::Reserved });
+    let reserved: heapless::Vec<_, 8> =
+        inputs.of_launch().map(|range| CarveOut { range, usage: Use::Reserved }).collect();
     let free = firmware_map.guest(&reserved)?;
     let mut taken = heapless::Vec::<PhysRange, 12>::new();
     for range in [Some(inputs.kernel), inputs.initrd, inputs.cmdline, inputs.config, Some(inputs.memory_map)]
@@ -357,7 +357,8 @@ mod tests {
 
     fn inputs() -> Inputs {
         Inputs {
-            slb: range(40 * MIB, 0x1_0000),
+            slb: Some(range(40 * MIB, 0x1_0000)),
+            txt: None,
             region: range(42 * MIB, 8 * MIB),
             dma_area: range(46 * MIB, 4 * MIB),
             launch_page: range(0x9_0000, 0x2000),
@@ -423,7 +424,7 @@ mod tests {
         let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, Some(MIB), 3).unwrap();
         let guests = [layout.placement.room, layout.boot, layout.thunks, layout.tables];
         let others = [
-            inputs.slb,
+            inputs.slb.unwrap(),
             inputs.region,
             inputs.log,
             inputs.kernel,
@@ -438,7 +439,7 @@ mod tests {
         }
         for ram in layout.map.ram() {
             for closed in [
-                inputs.slb,
+                inputs.slb.unwrap(),
                 inputs.region,
                 inputs.launch_page,
                 layout.sandbox,

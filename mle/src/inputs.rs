@@ -9,6 +9,7 @@ use hv::launch::{
     policy_difference,
 };
 use hv::slrt::{self, Slrt, SlrtError};
+use iommu::vt_d::Protection;
 
 /// Longest configuration file, in bytes.
 pub const MAX_CONFIG: u64 = 0x1_0000;
@@ -99,8 +100,10 @@ impl From<SlrtError> for InputError {
 /// The checked launch data.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs {
-    /// The whole SLB.
-    pub slb: PhysRange,
+    /// The whole SLB; none after SENTER.
+    pub slb: Option<PhysRange>,
+    /// What belongs to a launch by SENTER; none after SKINIT.
+    pub txt: Option<Txt>,
     /// The MLE region.
     pub region: PhysRange,
     /// The part of the region that DMA protection owns.
@@ -135,8 +138,38 @@ pub struct Inputs {
     pub tsc_khz: u64,
 }
 
-/// Reads and checks everything. `image` is the running MLE image; `mem` reads what it may.
-pub fn read(handoff: &Handoff, image: PhysRange, mem: &impl PhysMem) -> Result<Inputs, InputError> {
+/// What belongs to a launch by SENTER, as the MLE's own first stage found and checked it.
+#[derive(Clone, Copy, Debug)]
+pub struct Txt {
+    /// Where SINIT and the loader left their tables.
+    pub heap: PhysRange,
+    /// SINIT itself.
+    pub sinit: PhysRange,
+    /// By which SINIT found the MLE's pages.
+    pub page_tables: PhysRange,
+    /// The MLE's copy of the DMAR that SINIT checked.
+    pub dmar: &'static [u8],
+    /// The events that SINIT logged, in the MLE's copy.
+    pub log: &'static [u8],
+    /// What protects memory until the MLE's own tables for devices are in force.
+    pub protection: Protection,
+}
+
+/// Registers of TXT, private and public: the guest must not reach TXT.MLE.JOIN, nor read where things are.
+///
+/// Spec: \[TXT\] "Intel TXT Configuration Registers".
+pub const TXT_REGISTERS: PhysRange = match PhysRange::new(0xfed2_0000, 0x2_0000) {
+    Some(range) => range,
+    None => unreachable!(),
+};
+
+/// Reads and checks everything. `image` is the running MLE image; `mem` reads what it may; `txt` is there after SENTER.
+pub fn read(
+    handoff: &Handoff,
+    txt: Option<Txt>,
+    image: PhysRange,
+    mem: &impl PhysMem,
+) -> Result<Inputs, InputError> {
     let bad = |field, value| Err(InputError::Handoff { field, value });
     if handoff.magic != HANDOFF_MAGIC {
         return bad("magic", handoff.magic);
@@ -144,7 +177,10 @@ pub fn read(handoff: &Handoff, image: PhysRange, mem: &impl PhysMem) -> Result<I
     if handoff.tsc_khz == 0 {
         return bad("tsc_khz", 0);
     }
-    let slb = place("SLB", handoff.slb_base, SLB_SIZE)?;
+    let slb = match txt {
+        Some(_) => None,
+        None => Some(place("SLB", handoff.slb_base, SLB_SIZE)?),
+    };
     let region = place("MLE region", handoff.region_base, handoff.region_size)?;
     let dma_area = handoff
         .region_size
@@ -181,6 +217,7 @@ pub fn read(handoff: &Handoff, image: PhysRange, mem: &impl PhysMem) -> Result<I
     }
     let inputs = Inputs {
         slb,
+        txt,
         region,
         dma_area,
         launch_page: place("launch page", entry.launch_page.get(), LAUNCH_PAGE_SIZE)?,
@@ -210,10 +247,21 @@ pub fn read(handoff: &Handoff, image: PhysRange, mem: &impl PhysMem) -> Result<I
 }
 
 impl Inputs {
+    /// Memory that the loader took for the launch: the guest's maps call it reserved. (TXT's heap and SINIT are in no map of
+    /// free memory, or the address space refuses the launch.)
+    pub fn of_launch(&self) -> impl Iterator<Item = PhysRange> + use<> {
+        let tables = self.txt.map(|txt| txt.page_tables);
+        let always = [self.region, self.launch_page, self.log];
+        self.slb.into_iter().chain(tables).chain(always)
+    }
+
     /// Memory that the guest must not get as RAM, or that is read later: nothing of it may share a byte.
     fn check_overlaps(&self) -> Result<(), InputError> {
         let pieces = [
-            ("SLB", Some(self.slb)),
+            ("SLB", self.slb),
+            ("TXT heap", self.txt.map(|txt| txt.heap)),
+            ("SINIT", self.txt.map(|txt| txt.sinit)),
+            ("MLE page tables", self.txt.map(|txt| txt.page_tables)),
             ("MLE region", Some(self.region)),
             ("launch page", Some(self.launch_page)),
             ("event log", Some(self.log)),
@@ -321,7 +369,7 @@ mod tests {
         if h.slrt_size == 0 {
             h.slrt_size = used as u64;
         }
-        read(&h, PhysRange::new(REGION, 0x4_0000).unwrap(), &Memory(bytes.to_vec()))
+        read(&h, None, PhysRange::new(REGION, 0x4_0000).unwrap(), &Memory(bytes.to_vec()))
     }
 
     #[test]

@@ -18,11 +18,10 @@ use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::failure::MleError;
 use hv::io::{Msr, PhysMem};
 use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, SlbHeader, event};
-use hv::radix::{self, AMD_VI, NPT, PageSize, Tables};
+use hv::radix::{self, NPT, PageSize, Tables};
 use hv::space::{self, View};
 use hv::vcpu::Vcpu;
-use iommu::amd_vi::{AmdVi, DmaArea, Interrupts, Root};
-use iommu::ivrs::Ivrs;
+use iommu::DmaArea;
 use iommu::pci::Function;
 use log::{info, warn};
 use svm::maps::{Iopm, Msrpm};
@@ -33,8 +32,9 @@ use crate::acpi::Ecam;
 use crate::apic::Xapic;
 use crate::boot::{self, BootError};
 use crate::cpu::{Cpu, CpuMemory};
+use crate::dma::{Iommus, Left, Listed};
 use crate::guest::pci;
-use crate::inputs::{self, InputError, Inputs};
+use crate::inputs::{self, InputError, Inputs, TXT_REGISTERS, Txt};
 use crate::measure::{MeasureError, Measurer};
 use crate::memory::{self, ApicPage, MemoryError};
 use crate::metal::{Identity, Msrs, PhysWindow, Ports, TscClock};
@@ -95,7 +95,7 @@ pub enum LaunchError<'a> {
     /// An ACPI table.
     Acpi(iommu::acpi::Error),
     /// DMA protection.
-    Iommu(iommu::amd_vi::Error),
+    Iommu(dma::Error),
     /// Page tables.
     Tables(radix::Error),
     /// Two owners of one page.
@@ -155,7 +155,7 @@ from_error! {
     pci::TooMany => Pci;
     MeasureError => Measure;
     iommu::acpi::Error => Acpi;
-    iommu::amd_vi::Error => Iommu;
+    dma::Error => Iommu;
     radix::Error => Tables;
     space::Error => Space;
     SmpError => Smp;
@@ -167,17 +167,23 @@ from_error! {
 /// Runs the launch; the end of it is the run loop.
 ///
 /// # Safety
-/// Called once, by the image's entry code, on the BSP at CPL 0 with GIF clear, in an identity map of 0 to 4 GiB.
-pub unsafe fn start(handoff: &Handoff, image: Image) -> ! {
+/// Called once, by the image's entry code, on the BSP at CPL 0 with nothing unmasked, in an identity map of 0 to 4 GiB; `txt` is
+/// there after SENTER.
+pub unsafe fn start(handoff: &Handoff, txt: Option<Txt>, image: Image) -> ! {
     trap::on_fatal(fatal::exception);
     let mut config = [0; inputs::MAX_CONFIG as usize];
-    match launch(handoff, image, &mut config) {
+    match launch(handoff, txt, image, &mut config) {
         Ok(never) => match never {},
         Err(error) => fatal::stop(MleError::Launch, 0, format_args!("launch: {error}")),
     }
 }
 
-fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<Infallible, LaunchError<'a>> {
+fn launch<'a>(
+    handoff: &Handoff,
+    txt: Option<Txt>,
+    image: Image,
+    config: &'a mut [u8],
+) -> Result<Infallible, LaunchError<'a>> {
     let clock = TscClock { khz: handoff.tsc_khz.max(1) };
     logger::init(clock);
     exposure::start_clock(&clock);
@@ -187,7 +193,7 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let mem = unsafe { Identity::new(FOUR_GIB, (handoff.region_base, handoff.region_size)) };
     let image_range = PhysRange::from_last(image.start, image.end.saturating_sub(1))
         .ok_or(LaunchError::OutOfMemory("the image"))?;
-    let inputs = inputs::read(handoff, image_range, &mem)?;
+    let inputs = inputs::read(handoff, txt, image_range, &mem)?;
     let map = read_memory_map(&inputs, &mem)?;
     let ram_end = map
         .regions()
@@ -201,14 +207,19 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     // SAFETY: the region beyond the image, up to the DMA area, is nobody else's and mapped, now and later.
     let mut pool = unsafe { PagePool::new(free) };
 
-    let mut ivrs = [0; 4096];
-    let ivrs_len = iommu::acpi::copy_table(&mem, inputs.acpi_rsdp, *b"IVRS", &mut ivrs)?;
-    let ivrs = ivrs.get(..ivrs_len).unwrap_or_default();
+    let mut table = [0; 4096];
+    let listed = match &inputs.txt {
+        Some(txt) => Listed::Dmar(txt.dmar, txt.protection),
+        None => {
+            let used = iommu::acpi::copy_table(&mem, inputs.acpi_rsdp, *b"IVRS", &mut table)?;
+            Listed::Ivrs(table.get(..used).unwrap_or_default(), handoff.iommu_count)
+        }
+    };
 
     // Own tables: descriptor tables first, so that a fault while paging changes is reported.
     let features = Features::read()?;
     let memory = CpuMemory::new(&mut pool).ok_or(LaunchError::OutOfMemory("the first CPU"))?;
-    let own = own_tables(&mut pool, &image, &inputs, ivrs, ram_end, &features, &memory)?;
+    let own = own_tables(&mut pool, &image, &inputs, listed, ram_end, &features, &memory)?;
     // SAFETY: bare metal, CPL 0, GIF clear, the first CPU, once.
     let (mut cpu, vmcb) = unsafe { Cpu::load(memory, true) };
     // SAFETY: the tables map image, stack, region and all RAM as the SLB's did, with fewer rights.
@@ -224,8 +235,9 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     let machine = Machine { ports, clock, mem, mapped: FOUR_GIB };
 
     let area = DmaArea::at_top_of(&inputs.region).ok_or(LaunchError::OutOfMemory("DMA protection"))?;
-    let keep_clear = [inputs.slb, inputs.region];
-    let mut iommus = AmdVi::take_over(&machine, ivrs, area, &keep_clear, handoff.iommu_count)?;
+    let closed: heapless::Vec<_, 2> = inputs.slb.into_iter().chain([inputs.region]).collect();
+    let mut iommus = Iommus::take(&machine, listed, area, &closed)?;
+    let unguarded = iommus.unguarded();
     info!("{} IOMMU(s) deny all DMA", iommus.count());
 
     // Measurements, before anything measured is used.
@@ -239,7 +251,10 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     // SAFETY: `paging::activate` made SSE usable, and measurements end before anything changes that.
     let sha256 = unsafe { sha_ni::sha256_blocks() };
     let mut measurer = Measurer::open(window, clock, inputs.tpm_degraded, sha256, &mut *log)?;
-    measurer.log_launch(measured_slb(&inputs, &mem)?, &inputs, &mem)?;
+    match inputs.slb {
+        Some(slb) => measurer.log_skinit(measured_slb(&slb, &mem)?, &inputs, &mem)?,
+        None => measurer.log_senter(inputs.txt.map_or(&[], |txt| txt.log))?,
+    }
     let config_len = usize::try_from(inputs.config.map_or(0, |c| c.len())).unwrap_or(0);
     let config = config.get_mut(..config_len).unwrap_or_default();
     if let Some(range) = inputs.config {
@@ -285,7 +300,8 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
             pci::copy(&Function::new(&ports, function.id), at, &mem).map_err(BootError::Memory)?;
         }
     }
-    let device = Tables::new(&AMD_VI, 4, PageSize::Size2M, &mut pool)?;
+    let device_from = pool.mark();
+    let device = iommus.new_tables(ram_end, &mut pool)?;
     space.map_view(View::Device, &device, &mut pool)?;
     let tables_to = pool.mark();
     let tables = FirmwareTables::read(&mem, inputs.efi_system_table)?;
@@ -300,11 +316,8 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     // Devices that the gap set to work stop before their requests are let through to what was just measured and
     // copied; their drivers start them again.
     stop_bus_masters(&ports);
-    iommus.open_guest(
-        &machine,
-        Root { table: device.root(), levels: 4 },
-        Interrupts::for_machine(&Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?),
-    )?;
+    let pages = PhysRange::from_last(device_from, tables_to.saturating_sub(1));
+    let left = iommus.open_guest(&machine, (&device, &pool), pages, listed, &closed)?;
     dma::keep(iommus, machine);
     info!("guest: {} MiB of RAM, DMA open to it alone", layout.map.ram_bytes() >> 20);
 
@@ -381,6 +394,16 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
     }
     let record = Record::new(Kind::LAUNCH, local.id(), exposure::now_us(&clock));
     exposure::record(&Record { text: Some(Text::new(env!("CARGO_PKG_VERSION"))), ..record });
+    let open = |text: &str| {
+        let record = Record::new(Kind::LEFT_OPEN, local.id(), exposure::now_us(&clock));
+        exposure::record(&Record { text: Some(Text::new(text)), ..record });
+    };
+    if left != Left::Ordinary {
+        open("devices may send SMI, NMI and INIT");
+    }
+    if unguarded != 0 {
+        open("no protected regions before IOMMU tables");
+    }
     exposure::flush(&clock);
 
     let mut vcpu = SvmVcpu::new(vmcb, Role::Guest, &bsp);
@@ -398,9 +421,9 @@ fn launch<'a>(handoff: &Handoff, image: Image, config: &'a mut [u8]) -> Result<I
 }
 
 /// The part of the SLB that the CPU measured, as the SLB's own header has it.
-fn measured_slb(inputs: &Inputs, mem: &impl PhysMem) -> Result<PhysRange, InputError> {
+fn measured_slb(slb: &PhysRange, mem: &impl PhysMem) -> Result<PhysRange, InputError> {
     let mut header = SlbHeader::new_zeroed();
-    let start = inputs.slb.start();
+    let start = slb.start();
     mem.read(start, header.as_mut_bytes());
     PhysRange::new(start, header.length.get().into())
         .ok_or(InputError::Handoff { field: "slb_base", value: start })
@@ -480,7 +503,7 @@ fn own_tables(
     pool: &mut PagePool,
     image: &Image,
     inputs: &Inputs,
-    ivrs: &[u8],
+    listed: Listed<'_>,
     ram_end: u64,
     features: &Features,
     memory: &CpuMemory,
@@ -490,13 +513,14 @@ fn own_tables(
         PhysRange::new(tpm::BASE, tpm::WINDOW_SIZE.into()),
         PhysRange::new(local_apic::XAPIC_BASE, PAGE_SIZE),
     ];
-    let units = Ivrs::new(ivrs).map_err(iommu::amd_vi::Error::from)?;
-    for window in fixed.into_iter().chain(units.units().map(|u| PhysRange::new(u.base(), 0x4000))).flatten() {
+    let txt = inputs.txt.map(|_| TXT_REGISTERS);
+    let fixed = fixed.into_iter().flatten().chain(txt);
+    for window in fixed.chain(listed.windows()?) {
         if window.last() < FOUR_GIB && !devices.contains(&window) {
             devices.push(window).map_err(|_| LaunchError::OutOfMemory("register windows"))?;
         }
     }
-    let tables = paging::build(pool, image, ram_end, features.largest, &[inputs.slb], &devices)?;
+    let tables = paging::build(pool, image, ram_end, features.largest, inputs.slb.as_slice(), &devices)?;
     memory.guard(pool, &tables)?;
     paging::guard(pool, &tables, image.stack_guard)?;
     Ok(tables)

@@ -7,7 +7,7 @@ use hv::addr::PhysRange;
 use hv::io::PhysMem;
 use hv::launch::{EV_SLAUNCH, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE, POLICY, event};
 use tpm::log::EV_NO_ACTION;
-use tpm::{BankHasher, Contention, Digests, Locality, LogWriter, Sha256Blocks, Tpm};
+use tpm::{BankHasher, Contention, Digests, Locality, Log, LogWriter, Sha256Blocks, Tpm};
 
 use zerocopy::IntoBytes;
 
@@ -85,7 +85,7 @@ impl<'a> Measurer<'a> {
     }
 
     /// Logs what was extended before us: the CPU's measurement of `slb`, then what the SLB stage let the TPM hash.
-    pub fn log_launch(
+    pub fn log_skinit(
         &mut self,
         slb: PhysRange,
         inputs: &Inputs,
@@ -101,6 +101,14 @@ impl<'a> Measurer<'a> {
             self.log.append(pcr, event_type, &self.tpm.digests_of(data), name.as_bytes())?;
         }
         Ok(())
+    }
+
+    /// Logs what SENTER and SINIT extended, as SINIT's log has it, and measures the policy, for which there was nobody yet.
+    pub fn log_senter(&mut self, log: &[u8]) -> Result<(), MeasureError> {
+        for event in Log::parse(log)?.events() {
+            self.log.adopt(&event?)?;
+        }
+        self.data(PCR_CONFIG, event::POLICY, POLICY.as_bytes())
     }
 
     /// Measures the bytes of `range`, or nothing at all, into `pcr` under `name`.

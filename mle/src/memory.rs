@@ -14,7 +14,7 @@ use crate::apic::XAPIC_BASE;
 use crate::boot::Layout;
 use crate::guest::apic_window::ApicWindow;
 use crate::guest::pci::Guarded;
-use crate::inputs::Inputs;
+use crate::inputs::{Inputs, TXT_REGISTERS};
 use crate::measure::TPM_CLOSED;
 use crate::pool::PagePool;
 
@@ -74,8 +74,13 @@ pub fn describe(
     ecam: &[Ecam],
     phys_bits: u32,
 ) -> Result<AddressSpace, space::Error> {
-    let mut space = AddressSpace::new(phys_bits, inputs.region, Some(inputs.slb))?;
+    let mut space = AddressSpace::new(phys_bits, inputs.region, inputs.slb)?;
     space.assign(inputs.launch_page, Kind::Closed(Hole::LaunchPage))?;
+    if let Some(txt) = &inputs.txt {
+        for range in [txt.heap, txt.sinit, txt.page_tables, TXT_REGISTERS] {
+            space.assign(range.page_outward(), Kind::Closed(Hole::Txt))?;
+        }
+    }
     space.assign(TPM_CLOSED, Kind::Closed(Hole::TpmLocality))?;
     for window in iommus {
         space.assign(window, Kind::Closed(Hole::IommuRegisters))?;

@@ -1,7 +1,9 @@
 //! The machine as the DMA protection sees it: ports, time, memory, register windows, chance.
 
+use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
 use iommu::Platform;
+use iommu::vt_d::WriteBack;
 
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 
@@ -78,5 +80,25 @@ impl Platform for Machine {
         #[expect(unsafe_code, reason = "RDTSC")]
         let tsc = unsafe { x86::time::rdtsc() };
         value ^ tsc.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+impl WriteBack for Machine {
+    #[expect(unsafe_code, reason = "CLFLUSH")]
+    fn write_back(&self, range: PhysRange) {
+        if range.start() < hv::addr::PAGE_SIZE || range.last() >= self.mapped {
+            return;
+        }
+        let line = raw_cpuid::CpuId::new().get_feature_info().map_or(0, |f| f.cflush_cache_line_size());
+        let line = usize::from(line).saturating_mul(8).max(1);
+        let first = range.start() & (line as u64).wrapping_neg();
+        // SAFETY: the range is mapped (checked above); the instruction changes no byte of it. The fence holds what follows, a
+        // write to the register that has an IOMMU read the memory.
+        unsafe {
+            for at in (first..=range.last()).step_by(line) {
+                core::arch::x86_64::_mm_clflush(at as *const u8);
+            }
+            core::arch::x86_64::_mm_mfence();
+        }
     }
 }

@@ -159,6 +159,7 @@ pub fn mle() -> Vec<u8> {
         entry: 0x800.into(),
         image_size: (image.len() as u64).into(),
         region_size: MLE_REGION_MIN.into(),
+        txt_header: 0.into(),
     };
     image[..size_of::<MleHeader>()].copy_from_slice(header.as_bytes());
     image

@@ -178,6 +178,17 @@ impl<'a> LogWriter<'a> {
         self.out.put(event)
     }
 
+    /// Appends an event of a log for other banks: a digest that it does not have is [`Digest::cap`], with which those are
+    /// said to extend a PCR who cannot compute the bank's.
+    pub fn adopt(&mut self, event: &Event<'_>) -> Result<(), Error> {
+        let of = |bank: &Bank| {
+            let has = event.digests.get(bank.alg).filter(|digest| digest.bank() == *bank);
+            has.copied().unwrap_or_else(|| Digest::cap(*bank))
+        };
+        let digests = Digests(self.banks.iter().map(of).collect());
+        self.append(event.pcr, event.event_type, &digests, event.data)
+    }
+
     fn write_spec_id(&mut self) -> Result<(), Error> {
         let (out, banks) = (&mut self.out, &self.banks);
         let count = banks.len() as u32;

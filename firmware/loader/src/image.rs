@@ -170,6 +170,7 @@ mod tests {
             entry: 0x1000.into(),
             image_size: 0x3000.into(),
             region_size: (16 << 20).into(),
+            txt_header: 0.into(),
         }
     }
 

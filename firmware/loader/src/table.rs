@@ -125,6 +125,7 @@ mod tests {
                 entry: 0x1000.into(),
                 image_size: 0x2_3000.into(),
                 region_size: (16 << 20).into(),
+                txt_header: 0.into(),
             },
             log: 0x5000_0000,
             kernel: blob(0x4000_0000, 8_000_001),

@@ -72,6 +72,8 @@ named_values! { Kind:
     IOMMU_FAULT = 13, "IOMMU fault";
     /// The MLE runs; the first record.
     LAUNCH = 14, "launch";
+    /// Something stays open on this machine, or was open while it was launched.
+    LEFT_OPEN = 15, "left open";
 }
 
 /// What was decided about it. Values that have no name are a later version's.

@@ -49,11 +49,24 @@ impl<P: Platform + WriteBack> Machine for P {}
 pub enum Protection {
     /// It must be protected already (SINIT did it, before anything was measured): a unit that does not is refused.
     InForce,
+    /// As [`Self::InForce`], but units without the means (emulators) are put up with: [`VtD::unguarded`] says so.
+    InForceIfAny,
     /// We, now; units without the means are refused.
     Set,
     /// We, where units have the means. Without (emulators), devices can write everywhere until translation is on, and
     /// [`VtD::unguarded`] says so.
     IfAny,
+}
+
+impl Protection {
+    /// Whether a unit that can do this must have its protected regions on.
+    const fn needs(self, can: defs::Capabilities) -> bool {
+        match self {
+            Self::InForce | Self::Set => true,
+            Self::InForceIfAny => can.low_region() || can.high_region(),
+            Self::IfAny => false,
+        }
+    }
 }
 
 /// What becomes of interrupts that devices of the guest send (ADR 0012).
@@ -181,7 +194,7 @@ impl<W: Mmio> VtD<W> {
         }
         for (_, unit) in all.units.iter_mut().flatten() {
             unit.guarded = unit.read_protected();
-            if !unit.guarded && protection != Protection::IfAny {
+            if !unit.guarded && protection.needs(unit.can) {
                 let range = area.range();
                 return Err(Error::Uncovered { base: unit.base, range });
             }

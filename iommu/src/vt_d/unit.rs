@@ -99,7 +99,8 @@ impl<W: Mmio> Unit<W> {
             self.guarded = true;
             return Ok(());
         }
-        if protection == Protection::InForce {
+        let in_force = matches!(protection, Protection::InForce | Protection::InForceIfAny);
+        if in_force && protection.needs(self.can) {
             let range = low.or(high).ok_or(Error::None)?;
             return Err(Error::Uncovered { base: self.base, range });
         }
@@ -109,7 +110,7 @@ impl<W: Mmio> Unit<W> {
             _ => None,
         };
         match missing {
-            Some(_) if protection == Protection::IfAny => return Ok(()),
+            Some(_) if !protection.needs(self.can) => return Ok(()),
             Some(need) => return Err(Error::Lacks { base: self.base, need }),
             None => {}
         }

@@ -95,7 +95,7 @@ extern "sysv64" fn main(handoff: *const Handoff) -> ! {
         stack_guard: &raw const STACK as u64,
     };
     // SAFETY: called once, on the BSP, at CPL 0 with GIF clear, in the identity map of the SLB stage.
-    unsafe { mle::launch::start(&handoff, image) }
+    unsafe { mle::launch::start(&handoff, None, image) }
 }
 
 #[panic_handler]

@@ -168,6 +168,7 @@ fn image() -> Vec<u8> {
         entry: ENTRY.into(),
         image_size: (IMAGE_SIZE as u64).into(),
         region_size: REGION_SIZE.into(),
+        txt_header: 0.into(),
     };
     image[..size_of::<MleHeader>()].copy_from_slice(header.as_bytes());
     image

@@ -197,6 +197,7 @@ fn the_header_must_agree_with_the_table() {
             entry: 0x1000.into(),
             image_size: 0x3_0000.into(),
             region_size: REGION_SIZE.into(),
+            txt_header: 0.into(),
         };
         change(&mut header);
         request.entry_point(&header)
@@ -222,6 +223,7 @@ fn an_entry_point_outside_the_image_or_in_its_header_is_refused() {
             entry: entry.into(),
             image_size: 0x3_0000.into(),
             region_size: REGION_SIZE.into(),
+            txt_header: 0.into(),
         };
         assert_eq!(request.entry_point(&header).unwrap_err().detail, Field::Entry as u16, "{entry:#x}");
     }

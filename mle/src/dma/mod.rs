@@ -1,14 +1,16 @@
 //! DMA protection while the guest runs: what the IOMMUs stopped goes on record, and after an SMI they are compared with what
 //! they were set to.
 
+mod iommus;
+
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use firmware::exposure::{Access, Decision, Kind, Record, Text};
-use iommu::amd_vi::{AmdVi, Error};
 use iommu::fault::{self, Fault, Meter, Reason};
 use spin::{Mutex, Once};
 
+pub use self::iommus::{Error, Iommus, Left, Listed};
 use crate::metal::{PhysWindow, TscClock};
 use crate::platform::Machine;
 use crate::{exposure, smi};
@@ -25,7 +27,7 @@ static DMA: Once<Mutex<Dma>> = Once::new();
 static NEXT_US: AtomicU64 = AtomicU64::new(0);
 
 struct Dma {
-    iommus: AmdVi<PhysWindow>,
+    iommus: Iommus<PhysWindow>,
     machine: Machine,
     stopped: Stopped,
     /// A log could not be read: said once.
@@ -92,7 +94,7 @@ impl Dma {
 }
 
 /// Takes charge of the IOMMUs, which are open to the guest's devices.
-pub fn keep(iommus: AmdVi<PhysWindow>, machine: Machine) {
+pub fn keep(iommus: Iommus<PhysWindow>, machine: Machine) {
     DMA.call_once(|| {
         Mutex::new(Dma {
             iommus,

@@ -1,0 +1,381 @@
+//! The IOMMUs of either vendor, as the launch and [`super`] need them.
+
+use core::fmt;
+
+use hv::addr::PhysRange;
+use hv::io::Mmio;
+use hv::radix::{self, AMD_VI, PageSize, TablePool, Tables};
+use iommu::amd_vi::{self, AmdVi, Root};
+use iommu::dmar::Dmar;
+use iommu::fault::{Drained, Fault};
+use iommu::ivrs::Ivrs;
+use iommu::vt_d::{self, Protection, VtD};
+use iommu::{DmaArea, Platform};
+
+/// Bytes of an AMD IOMMU's registers that are used.
+const AMD_VI_WINDOW: u64 = 0x4000;
+/// Most that a VT-d unit's registers take: the farthest that its capability registers can point to, and what lies there.
+const VT_D_WINDOW: u64 = 0x5000;
+
+/// Why DMA is not known to be ruled by our tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// AMD's.
+    AmdVi(amd_vi::Error),
+    /// Intel's.
+    VtD(vt_d::Error),
+    /// Tables for devices.
+    Tables(radix::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AmdVi(e) => e.fmt(f),
+            Self::VtD(e) => e.fmt(f),
+            Self::Tables(e) => write!(f, "tables for devices: {e}"),
+        }
+    }
+}
+
+impl From<amd_vi::Error> for Error {
+    fn from(e: amd_vi::Error) -> Self {
+        Self::AmdVi(e)
+    }
+}
+
+impl From<vt_d::Error> for Error {
+    fn from(e: vt_d::Error) -> Self {
+        Self::VtD(e)
+    }
+}
+
+impl From<radix::Error> for Error {
+    fn from(e: radix::Error) -> Self {
+        Self::Tables(e)
+    }
+}
+
+/// A private copy of the table that lists the IOMMUs, checked.
+#[derive(Clone, Copy)]
+pub enum Listed<'a> {
+    /// AMD's, and how many IOMMUs the SLB stage has set to deny all DMA.
+    Ivrs(&'a [u8], u64),
+    /// Intel's, as SINIT checked it, and who is to protect memory until our tables are in force.
+    Dmar(&'a [u8], Protection),
+}
+
+impl<'a> Listed<'a> {
+    /// Register windows of all IOMMUs that the table lists, to be mapped before they are first read.
+    ///
+    /// # Errors
+    /// The table is malformed.
+    pub fn windows(self) -> Result<impl Iterator<Item = PhysRange> + use<'a>, Error> {
+        let (ivrs, dmar) = match self {
+            Self::Ivrs(table, _) => (Some(Ivrs::new(table).map_err(amd_vi::Error::from)?), None),
+            Self::Dmar(table, _) => (None, Some(Dmar::new(table).map_err(vt_d::Error::from)?)),
+        };
+        let amd = ivrs.into_iter().flat_map(|ivrs| ivrs.units().map(|u| (u.base(), AMD_VI_WINDOW)));
+        let intel =
+            dmar.into_iter().flat_map(|dmar| dmar.units().map(|u| (u.base(), u.size().max(VT_D_WINDOW))));
+        Ok(amd.chain(intel).filter_map(|(base, size)| PhysRange::new(base, size)))
+    }
+}
+
+/// All IOMMUs of the machine.
+pub enum Iommus<W> {
+    /// AMD's.
+    AmdVi(AmdVi<W>),
+    /// Intel's.
+    VtD(VtD<W>),
+}
+
+/// What of the machine's interrupts is left to devices (ADR 0012).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Fixed and lowest-priority ones.
+    Ordinary,
+    /// All of compatibility format: SMI, NMI and INIT too.
+    Compatible,
+    /// All.
+    Unchecked,
+}
+
+impl<W: Mmio> Iommus<W> {
+    /// Takes the IOMMUs that `listed` names, which deny all DMA afterwards: AMD's as the SLB stage left them, Intel's from
+    /// whatever state they are in. `closed` is what no device may ever reach, the MLE region, whose top is `area`, among it.
+    ///
+    /// # Errors
+    /// Some IOMMU is not known to deny.
+    pub fn take<P: Platform<Window = W> + vt_d::WriteBack>(
+        platform: &P,
+        listed: Listed<'_>,
+        area: DmaArea,
+        closed: &[PhysRange],
+    ) -> Result<Self, Error> {
+        Ok(match listed {
+            Listed::Ivrs(table, count) => {
+                Self::AmdVi(AmdVi::take_over(platform, table, area, closed, count)?)
+            }
+            Listed::Dmar(table, protection) => {
+                Self::VtD(vt_d::deny_all(platform, table, area, closed, protection)?)
+            }
+        })
+    }
+
+    /// IOMMUs handled.
+    pub fn count(&self) -> usize {
+        match self {
+            Self::AmdVi(all) => all.count(),
+            Self::VtD(all) => all.count(),
+        }
+    }
+
+    /// Those that did not protect memory while they did not translate: devices could write everywhere.
+    pub fn unguarded(&self) -> usize {
+        match self {
+            Self::AmdVi(_) => 0,
+            Self::VtD(all) => all.unguarded(),
+        }
+    }
+
+    /// Register windows of all: the guest must not reach them.
+    pub fn windows(&self) -> impl Iterator<Item = PhysRange> + '_ {
+        let (amd, intel) = match self {
+            Self::AmdVi(all) => (Some(all), None),
+            Self::VtD(all) => (None, Some(all)),
+        };
+        let amd = amd.into_iter().flat_map(AmdVi::windows);
+        amd.chain(intel.into_iter().flat_map(VtD::windows))
+    }
+
+    /// Empty tables for [`Self::open_guest`], for memory below `end`.
+    ///
+    /// # Errors
+    /// No depth that all IOMMUs walk reaches so far, or there is no page left.
+    pub fn new_tables<T: TablePool>(&self, end: u64, pool: &mut T) -> Result<Tables, Error> {
+        let bits = u64::BITS.saturating_sub(end.saturating_sub(1).leading_zeros());
+        Ok(match self {
+            Self::AmdVi(_) => Tables::new(&AMD_VI, 4, PageSize::Size2M, pool)?,
+            Self::VtD(all) => all.new_tables(bits, pool)?,
+        })
+    }
+
+    /// Gives all devices the memory that `tables` map; all pages of `tables` lie in `pages`.
+    ///
+    /// # Errors
+    /// DMA may then be open in some IOMMUs and blocked in others, but never reaches beyond `tables`.
+    pub fn open_guest<P: Platform<Window = W> + vt_d::WriteBack, T: TablePool>(
+        &mut self,
+        platform: &P,
+        (tables, pool): (&Tables, &T),
+        pages: Option<PhysRange>,
+        listed: Listed<'_>,
+        closed: &[PhysRange],
+    ) -> Result<Left, Error> {
+        match self {
+            Self::AmdVi(all) => {
+                let Listed::Ivrs(ivrs, _) = listed else { return Err(amd_vi::Error::None.into()) };
+                let interrupts =
+                    amd_vi::Interrupts::for_machine(&Ivrs::new(ivrs).map_err(amd_vi::Error::from)?);
+                all.open_guest(platform, Root { table: tables.root(), levels: 4 }, interrupts)?;
+                Ok(match interrupts {
+                    amd_vi::Interrupts::Ordinary => Left::Ordinary,
+                    amd_vi::Interrupts::Unchecked => Left::Unchecked,
+                })
+            }
+            Self::VtD(all) => {
+                if let Some(pages) = pages.filter(|_| !all.common().coherent) {
+                    platform.write_back(pages);
+                }
+                let (interrupts, left) = if all.common().interrupts {
+                    (vt_d::Interrupts::Compatible, Left::Compatible)
+                } else {
+                    (vt_d::Interrupts::Unchecked, Left::Unchecked)
+                };
+                all.open_guest(platform, tables, pool, closed, interrupts)?;
+                Ok(left)
+            }
+        }
+    }
+
+    /// Compares registers with what was left there: a few reads for each IOMMU.
+    ///
+    /// # Errors
+    /// Names the first difference.
+    pub fn verify_registers(&self) -> Result<(), Error> {
+        match self {
+            Self::AmdVi(all) => Ok(all.verify_registers()?),
+            Self::VtD(all) => Ok(all.verify_registers()?),
+        }
+    }
+
+    /// Compares registers and tables with what was left there.
+    ///
+    /// # Errors
+    /// Names the first difference.
+    pub fn verify<P: Platform<Window = W> + vt_d::WriteBack>(&self, platform: &P) -> Result<(), Error> {
+        match self {
+            Self::AmdVi(all) => Ok(all.verify(platform)?),
+            Self::VtD(all) => Ok(all.verify(platform)?),
+        }
+    }
+
+    /// Takes what was stopped out of the logs.
+    ///
+    /// # Errors
+    /// A log can't be read.
+    pub fn drain<P: Platform<Window = W>>(
+        &self,
+        platform: &P,
+        sink: impl FnMut(Fault),
+    ) -> Result<Drained, Error> {
+        match self {
+            Self::AmdVi(all) => Ok(all.drain(platform, sink)?),
+            Self::VtD(all) => Ok(all.drain(sink)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hv::addr::PAGE_SIZE;
+    use hv::io::PhysMem;
+    use hv::radix::{MemoryType, Rights};
+    use iommu::fault::Access;
+    use iommu::model::vt_d::{Features, Unit};
+    use iommu::model::{Machine, Table, Window, dmar};
+
+    use super::*;
+
+    const REGION: PhysRange = PhysRange::new(0x4000_0000, 16 << 20).unwrap();
+    const GUEST: PhysRange = PhysRange::new(0x20_0000, 4 << 20).unwrap();
+    const INTEL: u64 = 0xfed9_0000;
+    const AMD: u64 = 0xfeb8_0000;
+    const DEVICE: u16 = 0x0310;
+    const SMI: [u8; 4] = 0x0200_u32.to_le_bytes();
+
+    /// Pages of the MLE region in the model's memory, which does not see them before they are written back.
+    struct Pages<'a>(&'a Machine, u64);
+
+    impl TablePool for Pages<'_> {
+        fn alloc(&mut self) -> Option<u64> {
+            let page = self.1;
+            self.1 += PAGE_SIZE;
+            PhysMem::write(self.0, page, &[0; PAGE_SIZE as usize]).then_some(page)
+        }
+        fn read(&self, table: u64, index: usize) -> u64 {
+            self.0.peek64(table + 8 * index as u64)
+        }
+        fn write(&mut self, table: u64, index: usize, entry: u64) {
+            PhysMem::write(self.0, table + 8 * index as u64, &entry.to_le_bytes());
+        }
+    }
+
+    fn area() -> DmaArea {
+        DmaArea::at_top_of(&REGION).unwrap()
+    }
+
+    /// Opens guest memory and checks that devices reach it and nothing else, in whoever's format.
+    fn run(machine: &Machine, listed: Listed<'_>) -> (Iommus<Window>, usize, Left) {
+        let window = listed.windows().unwrap().next().unwrap();
+        let mut iommus = Iommus::take(machine, listed, area(), &[REGION]).unwrap();
+        assert_eq!(iommus.count(), 1);
+        let unguarded = iommus.unguarded();
+        assert!(iommus.windows().all(|w| window.contains(&w)));
+        assert!(!machine.dma_write(DEVICE, GUEST.start(), &[1]));
+
+        let from = REGION.start() + (1 << 20);
+        let mut pool = Pages(machine, from);
+        let tables = iommus.new_tables(1 << 32, &mut pool).unwrap();
+        tables.map_identity(&mut pool, GUEST, Rights::READ | Rights::WRITE, MemoryType::WriteBack).unwrap();
+        let pages = PhysRange::from_last(from, pool.1 - 1);
+        let left = iommus.open_guest(machine, (&tables, &pool), pages, listed, &[REGION]).unwrap();
+        assert!(machine.dma_write(DEVICE, GUEST.start(), &[1]));
+        for address in [REGION.start(), area().range().start(), GUEST.last() + 1, from] {
+            assert!(!machine.dma_write(DEVICE, address, &[1]), "{address:#x}");
+        }
+        let mut faults = vec![];
+        iommus.drain(machine, |fault| faults.push(fault)).unwrap();
+        assert!(faults.iter().any(|f| f.source == DEVICE.into() && f.access == Access::Write), "{faults:?}");
+        iommus.verify_registers().unwrap();
+        iommus.verify(machine).unwrap();
+        (iommus, unguarded, left)
+    }
+
+    fn vt_d(features: Features) -> (Machine, Vec<u8>) {
+        let machine = Machine::new();
+        machine.add_vt_d(Unit::new(INTEL, 0..=u16::MAX, features));
+        (machine, dmar::Table::new(46).unit(1, 0, INTEL, &[]).finish())
+    }
+
+    /// As SINIT leaves the unit: memory up to 2 GiB protected.
+    fn protect(machine: &Machine) {
+        machine.with_vt_d(0, |unit| {
+            unit.registers.extend([(0x68, 0), (0x6c, 0x7fe0_0000), (0x64, 1 << 31 | 1)])
+        });
+    }
+
+    #[test]
+    fn the_guests_devices_have_its_memory_and_no_more() {
+        let machine = Machine::new();
+        machine.add_unit(2, AMD, 0..=u16::MAX, true);
+        let ivrs = Table::new().unit(0x10, 2, AMD, 0, &[]).finish();
+        amd_vi::deny_all(&machine, &ivrs, area(), &[REGION]).unwrap();
+        let (_, unguarded, left) = run(&machine, Listed::Ivrs(&ivrs, 1));
+        // This IVRS has no I/O APIC, as QEMU's without interrupt remapping.
+        assert_eq!((unguarded, left), (0, Left::Unchecked));
+
+        for coherent in [true, false] {
+            let (machine, dmar) = vt_d(Features { coherent, ..Features::full() });
+            protect(&machine);
+            let (_, unguarded, left) = run(&machine, Listed::Dmar(&dmar, Protection::InForce));
+            assert_eq!((unguarded, left), (0, Left::Compatible));
+            assert!(machine.dma_write(DEVICE, 0xfee0_0000, &SMI), "what is on record as open");
+        }
+        let (machine, dmar) = vt_d(Features { interrupts: false, ..Features::full() });
+        protect(&machine);
+        assert_eq!(run(&machine, Listed::Dmar(&dmar, Protection::InForce)).2, Left::Unchecked);
+    }
+
+    #[test]
+    fn memory_that_sinit_did_not_protect_ends_the_launch() {
+        let take = |features, protected, protection| {
+            let (machine, dmar) = vt_d(features);
+            if protected {
+                protect(&machine);
+            }
+            Iommus::take(&machine, Listed::Dmar(&dmar, protection), area(), &[REGION])
+        };
+        let none = Features { low_region: false, high_region: false, ..Features::full() };
+        for (features, protected, protection, right) in [
+            (Features::full(), true, Protection::InForce, true),
+            (Features::full(), false, Protection::InForce, false),
+            (none, false, Protection::InForce, false),
+            (Features::full(), true, Protection::InForceIfAny, true),
+            // What is allowed is that they are absent, not that they are off.
+            (Features::full(), false, Protection::InForceIfAny, false),
+            (none, false, Protection::InForceIfAny, true),
+        ] {
+            match take(features, protected, protection) {
+                Ok(iommus) => {
+                    assert!(right, "{protection:?}");
+                    assert_eq!(iommus.unguarded(), usize::from(!protected));
+                }
+                Err(error) => {
+                    assert!(!right, "{protection:?}: {error}");
+                    assert!(matches!(error, Error::VtD(vt_d::Error::Uncovered { .. })), "{error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_smm_changes_is_noticed() {
+        let (machine, dmar) = vt_d(Features::full());
+        protect(&machine);
+        let (iommus, ..) = run(&machine, Listed::Dmar(&dmar, Protection::InForce));
+        machine.with_vt_d(0, |unit| unit.status &= !(1 << 31));
+        assert!(iommus.verify_registers().is_err());
+    }
+}
