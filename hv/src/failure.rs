@@ -21,6 +21,8 @@ use crate::io::PortIo;
 pub const CMOS_FIRST: u8 = 0x70;
 const CMOS_INDEX: u16 = 0x70;
 const CMOS_DATA: u16 = 0x71;
+/// Bits of TXT.ERRORCODE: valid, by software, by an MLE.
+const ERRORCODE_OF_MLE: u32 = 0xc000_8000;
 const LEN: usize = 8;
 const MAGIC: [u8; 2] = *b"Cn";
 
@@ -35,6 +37,8 @@ pub enum Stage {
     /// Nobody gave up, but firmware did not take all writes that waited for a reset: the code is how many, the detail the
     /// low half of the first EFI status.
     Deferred = 3,
+    /// The MLE's first stage after SENTER; the code is a [`SenterError`].
+    Senter = 4,
 }
 
 /// What is kept of a failed launch.
@@ -67,9 +71,27 @@ impl Record {
             1 => Stage::Slb,
             2 => Stage::Mle,
             3 => Stage::Deferred,
+            4 => Stage::Senter,
             _ => return None,
         };
         Some(Self { stage, code: u16::from_le_bytes([c0, c1]), detail: u16::from_le_bytes([d0, d1]) })
+    }
+
+    /// What the record is in TXT.ERRORCODE, which a reset of the platform leaves alone: valid, by software, by an MLE, and then
+    /// ours: detail in bits 29:16 (its low 14 bits), stage in 14:12, code in 11:0.
+    ///
+    /// Spec: \[TXT\] "TXT.ERRORCODE".
+    pub const fn errorcode(self) -> u32 {
+        let detail = (self.detail & 0x3fff) as u32;
+        ERRORCODE_OF_MLE | detail << 16 | (self.stage as u32 & 7) << 12 | self.code as u32 & 0xfff
+    }
+
+    /// The record that TXT.ERRORCODE holds; `None` when it holds something else.
+    pub fn from_errorcode(errorcode: u32) -> Option<Self> {
+        let stage = [Stage::Mle, Stage::Senter].into_iter().find(|s| *s as u32 == errorcode >> 12 & 7)?;
+        let record =
+            Self { stage, code: (errorcode & 0xfff) as u16, detail: (errorcode >> 16 & 0x3fff) as u16 };
+        (record.errorcode() == errorcode).then_some(record)
     }
 
     /// Keeps the record over a reset.
@@ -99,6 +121,7 @@ impl fmt::Display for Record {
         let (who, text) = match stage {
             Stage::Slb => ("SLB stage", SlbError::from_code(code).map(SlbError::text)),
             Stage::Mle => ("MLE", MleError::from_code(code).map(MleError::text)),
+            Stage::Senter => ("MLE after SENTER", SenterError::from_code(code).map(SenterError::text)),
             Stage::Deferred => {
                 return write!(
                     f,
@@ -159,6 +182,28 @@ errors! {
     GuestExit = 4, "the guest's CPU stopped for a cause that nobody asked for";
     Damage = 5, "SMM changed memory of the MLE; detail: low half of the page's number";
     Cpu = 6, "a processor came up that was not expected; detail: its number";
+}
+
+errors! {
+    /// Why the MLE's first stage after SENTER gave up. Append, never renumber.
+    SenterError:
+    NotSenter = 1, "TXT.STS does not say that SENTER is done and the private registers are open";
+    Heap = 2, "a table of the TXT heap does not fit; detail: which, from 1, or 0 for all of it";
+    Region = 3, "the low protected range does not cover the MLE region";
+    PageTables = 4, "the MLE page tables do not have the image in one piece";
+    ErrorCode = 5, "TXT.ERRORCODE does not say that SINIT succeeded; detail: its low half";
+    OsMleData = 6, "OsMleData is not the loader's; detail: see the table of fields after SENTER";
+    OsSinitData = 7, "OsSinitData has a value that we do not accept; detail: see the table of fields after SENTER";
+    SinitMleData = 8, "SinitMleData has a value that we do not accept; detail: see the table of fields after SENTER";
+    Slrt = 9, "the SLRT has a value that we do not accept; detail: see the table of fields after SENTER";
+    Dmar = 10, "SINIT's copy of the DMAR is unusable; detail: its length";
+    Memory = 11, "memory of the launch is not RAM by SINIT's list; detail: address / 1 MiB";
+    Unprotected = 12, "memory of the launch is outside the protected ranges; detail: address / 1 MiB";
+    Log = 13, "SINIT's event log is not where the loader has the event log";
+    Saved = 14, "a memory type register or IA32_MISC_ENABLE cannot be restored; detail: low half of the value";
+    Missing = 15, "processors did not join the MLE; detail: how many did";
+    Timer = 16, "the time-stamp counter's frequency is absurd; detail: MHz";
+    Unreadable = 17, "memory to be read is not there; detail: address / 1 MiB";
 }
 
 errors! {
@@ -242,12 +287,26 @@ mod tests {
         let document = include_str!("../../docs/slb-errors.md");
         let slb = SlbError::ALL.iter().map(|e| (*e as u16, e.text()));
         let mle = MleError::ALL.iter().map(|e| (*e as u16, e.text()));
-        for (code, text) in slb.chain(mle) {
+        let senter = SenterError::ALL.iter().map(|e| (*e as u16, e.text()));
+        for (code, text) in slb.chain(mle).chain(senter) {
             let row = format!("| {code} | {text} |");
             assert!(document.contains(&row), "docs/slb-errors.md lacks: {row}");
         }
         assert!(SlbError::ALL.iter().all(|e| SlbError::from_code(*e as u16) == Some(*e)));
         assert!(MleError::ALL.iter().all(|e| MleError::from_code(*e as u16) == Some(*e)));
+    }
+
+    #[test]
+    fn txt_keeps_the_record_too() {
+        let record = Record { stage: Stage::Senter, code: SenterError::Region as u16, detail: 0x1234 };
+        assert_eq!(record.errorcode(), 0xd234_c003);
+        assert_eq!(Record::from_errorcode(0xd234_c003), Some(record));
+        let mle = Record { stage: Stage::Mle, code: MleError::Exception as u16, detail: 14 };
+        assert_eq!(Record::from_errorcode(0xc00e_a002), Some(mle));
+        // SINIT's success, a CPU's, an ACM's, Linux's.
+        for other in [0xc000_0001, 0x8000_000d, 0xc000_0041, 0xc000_8001, 0] {
+            assert_eq!(Record::from_errorcode(other), None, "{other:#x}");
+        }
     }
 
     proptest! {
