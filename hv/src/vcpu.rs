@@ -64,6 +64,24 @@ impl Gprs {
     }
 }
 
+/// Which virtual machine a virtual CPU belongs to; decides what it is stopped for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Linux: as few exits as the architecture allows.
+    Guest,
+    /// Firmware: everything but computation exits.
+    Sandbox,
+}
+
+/// How a single step ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The instruction was carried out; otherwise it will be tried again.
+    pub executed: bool,
+    /// The exit needs no further answer.
+    pub answered: bool,
+}
+
 /// How an access met the nested tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -275,6 +293,23 @@ pub trait Vcpu {
     fn set_tsc_offset(&mut self, offset: u64);
     /// Nested tables have changed: nothing cached may be used on the next run.
     fn flush_nested(&mut self);
+    /// Goes on at `rip`, which an intercepted IN or OUT names as the next instruction.
+    fn skip_to(&mut self, rip: u64);
+    /// Whether a pending interrupt would be delivered at once.
+    fn takes_interrupts(&self) -> bool;
+    /// The state after a Startup IPI with `vector`: real mode at `vector` × 1000h.
+    fn start_at(&mut self, vector: u8);
+    /// 64-bit mode at `rip` with flat segments (CS 10h, others 18h), tables at `cr3`, interrupts off.
+    ///
+    /// `gdt` is (base, limit) of a table that holds those descriptors, for code that reloads them.
+    fn start_long_mode(&mut self, rip: u64, rsp: u64, cr3: u64, gdt: (u64, u32));
+    /// Makes the next run end after one instruction, with interrupts and NMIs held and every exception an exit. For the back
+    /// end that cannot see a Startup IPI.
+    fn begin_step(&mut self) {}
+    /// Ends a step, whatever ended the run; `None` when there was none.
+    fn end_step(&mut self, _exit: Exit) -> Option<Step> {
+        None
+    }
 }
 
 impl fmt::Display for Exit {

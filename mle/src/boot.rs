@@ -259,7 +259,12 @@ pub fn write<P: TablePool>(
     })
 }
 
-/// Writes the thunk page, the guest's EFI tables and its copies of SMBIOS. `scratch` has room for one copy.
+/// Writes the page of thunks, which call by `insn`.
+pub fn write_thunks(layout: &Layout, insn: HypercallInsn, mem: &impl PhysMem) -> Result<(), BootError> {
+    put(mem, layout.thunks.start(), &thunk_page(insn))
+}
+
+/// Writes the guest's EFI tables and its copies of SMBIOS. `scratch` has room for one copy.
 ///
 /// A firmware whose SMBIOS tables cannot be copied costs the guest those tables, with a warning.
 pub fn write_efi(
@@ -271,7 +276,6 @@ pub fn write_efi(
     scratch: &mut [u8],
     mem: &impl PhysMem,
 ) -> Result<(), BootError> {
-    put(mem, layout.thunks.start(), &thunk_page(HypercallInsn::Vmmcall))?;
     let rsdp = layout.rsdp();
     let used = acpi.write_filtered(&HIDDEN_TABLES, rsdp, scratch)?;
     put(mem, rsdp, scratch.get(..used).unwrap_or_default())?;

@@ -1,6 +1,6 @@
-//! A CPU under the MLE's control: its stacks, descriptor tables and SVM state, and the world switch's contract.
+//! A CPU under the MLE's control: its stacks, descriptor tables and virtualization.
 //!
-//! UNSAFETY: turning SVM on, and the instructions of [`svm::insn`], whose preconditions hold because a [`Cpu`] exists.
+//! UNSAFETY: descriptor tables, registers that the guest's FPU state is in.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 use core::sync::atomic::Ordering;
@@ -8,10 +8,9 @@ use core::sync::atomic::Ordering;
 use hv::addr::PAGE_SIZE;
 use hv::io::Msr;
 use hv::radix::Tables;
-use hv::vcpu::{Exit, Vcpu};
-use svm::defs::{EFER_SVME, Vmcb};
-use svm::vcpu::SvmVcpu;
+use hv::vcpu::Exit;
 
+use crate::backend::{CpuPages, Host, Vcpu, VcpuPage, Vendor};
 use crate::guest::cpuid::Leaf;
 use crate::guest::exits::Hardware;
 use crate::guest::msr;
@@ -20,14 +19,8 @@ use crate::paging;
 use crate::pool::PagePool;
 use crate::trap::{self, Arrived, IST_STACKS};
 
-const VM_CR: u32 = 0xc001_0114;
-const VM_HSAVE_PA: u32 = 0xc001_0117;
-/// VM_CR.R_INIT: an INIT becomes #SX instead of a reset that would leave the MLE.
-const VM_CR_R_INIT: u64 = 1 << 1;
 const DEBUGCTL: u32 = 0x1d9;
 const DEBUGCTL_BTF: u64 = 1 << 1;
-/// VM_CR.DIS_A20M: the mask of address line 20 is ignored.
-const VM_CR_DIS_A20M: u64 = 1 << 2;
 /// Pages of an interrupt stack, under a guard page.
 const IST_PAGES: u64 = 2;
 
@@ -37,9 +30,8 @@ pub struct CpuMemory {
     tables: *mut trap::Tables,
     arrived: &'static Arrived,
     stacks: [u64; IST_STACKS],
-    host_save: u64,
-    vmload_area: u64,
-    vmcb: *mut Vmcb,
+    pages: CpuPages,
+    vcpu: VcpuPage,
 }
 // SAFETY: the memory belongs to one CPU, whichever one makes use of it: `Cpu::load` says so.
 unsafe impl Send for CpuMemory {}
@@ -62,9 +54,8 @@ impl CpuMemory {
             // SAFETY: as above, behind the tables, whose size is a multiple of their alignment.
             arrived: unsafe { &*(arrived_at as *const Arrived) },
             stacks,
-            host_save: pool.pages(1)?,
-            vmload_area: pool.pages(1)?,
-            vmcb: pool.object()?,
+            pages: CpuPages::new(pool)?,
+            vcpu: VcpuPage::new(pool)?,
         })
     }
 
@@ -77,94 +68,67 @@ impl CpuMemory {
     }
 }
 
-/// The running CPU with SVM on.
+/// The running CPU with its virtualization on.
 pub struct Cpu {
     arrived: &'static Arrived,
-    host_save: u64,
-    vmload_area: u64,
     msrs: Msrs,
     efer_bits: u64,
-    guarded_init: bool,
-    ignores_a20: bool,
+    host: Host,
+}
+
+/// A CPU with its own descriptor tables, whose virtualization is still off.
+pub struct Loaded {
+    memory: CpuMemory,
+    msrs: Msrs,
+}
+
+impl Loaded {
+    /// Loads this CPU's descriptor tables.
+    ///
+    /// # Safety
+    /// On bare metal at CPL 0, GIF or IF clear, once for each CPU and each time that it was reset, with the same memory;
+    /// `first` on the BSP before the others run.
+    pub unsafe fn new(memory: CpuMemory, first: bool) -> Self {
+        // SAFETY: `CpuMemory::new` took the pages for one CPU, for ever, and that CPU comes here with nothing else.
+        let tables = unsafe { &mut *memory.tables };
+        // SAFETY: as above.
+        unsafe { tables.load(memory.arrived, memory.stacks, first) };
+        // SAFETY: the caller's promise; the MLE keeps EFER and CR0 consistent.
+        Self { memory, msrs: unsafe { Msrs::new() } }
+    }
+
+    /// Turns virtualization on. Gives the page for this CPU's virtual CPU, too.
+    ///
+    /// # Safety
+    /// The MLE's page tables are in force.
+    pub unsafe fn enable(self, vendor: Vendor) -> (Cpu, VcpuPage) {
+        let Self { memory, msrs } = self;
+        // SAFETY: a `Loaded` is on bare metal with its descriptor tables; its pages are its own; paging by the caller.
+        let host = unsafe { Host::enable(vendor, memory.pages, &msrs) };
+        let efer_bits = msr::efer_bits(native_cpuid);
+        (Cpu { arrived: memory.arrived, msrs, efer_bits, host }, memory.vcpu)
+    }
 }
 
 impl Cpu {
-    /// Loads this CPU's descriptor tables. Gives what [`Cpu::enable_svm`] needs, and the VMCB.
-    ///
-    /// # Safety
-    /// On bare metal at CPL 0, GIF clear, once for each CPU and each time that it was reset, with the same memory; `first`
-    /// on the BSP before the others run.
-    pub unsafe fn load(memory: CpuMemory, first: bool) -> (Self, &'static mut Vmcb) {
-        // SAFETY: `CpuMemory::new` took the pages for one CPU, for ever, and that CPU comes here with nothing else.
-        let (tables, vmcb) = unsafe { (&mut *memory.tables, &mut *memory.vmcb) };
-        // SAFETY: as above.
-        unsafe { tables.load(memory.arrived, memory.stacks, first) };
-        let cpu = Self {
-            arrived: memory.arrived,
-            host_save: memory.host_save,
-            vmload_area: memory.vmload_area,
-            // SAFETY: the caller's promise; this module keeps EFER and CR0 consistent.
-            msrs: unsafe { Msrs::new() },
-            efer_bits: msr::efer_bits(native_cpuid),
-            guarded_init: false,
-            ignores_a20: false,
-        };
-        (cpu, vmcb)
-    }
-
-    /// Turns SVM on.
-    pub fn enable_svm(&mut self) {
-        let efer = self.msrs.rdmsr(msr::EFER);
-        self.msrs.wrmsr(msr::EFER, efer | EFER_SVME);
-        // SAFETY: SVME was set above. SKINIT left GIF clear already; an AP that firmware started has it set.
-        unsafe { svm::insn::clgi() };
-        self.msrs.wrmsr(VM_HSAVE_PA, self.host_save);
-        let vm_cr = self.msrs.rdmsr(VM_CR);
-        self.msrs.wrmsr(VM_CR, vm_cr | VM_CR_R_INIT | VM_CR_DIS_A20M);
-        let vm_cr = self.msrs.rdmsr(VM_CR);
-        self.guarded_init = vm_cr & VM_CR_R_INIT != 0;
-        self.ignores_a20 = vm_cr & VM_CR_DIS_A20M != 0;
-        // SAFETY: SVME is set; the page is this CPU's alone.
-        unsafe { svm::insn::vmsave(self.vmload_area) };
-    }
-
-    /// Whether an INIT that gets through becomes #SX. False on CPUs without VM_CR.R_INIT: there INIT resets.
+    /// Whether an INIT can do no harm to the MLE.
     pub fn redirects_init(&self) -> bool {
-        self.guarded_init
+        self.host.redirects_init()
     }
 
     /// Whether no device can mask address line 20.
     pub fn ignores_a20_mask(&self) -> bool {
-        self.ignores_a20
+        self.host.ignores_a20_mask()
     }
 
-    /// Runs `vcpu` until it exits.
-    pub fn run(&mut self, vcpu: &mut SvmVcpu<'_>) -> Exit {
-        if self.arrived.nmi.swap(false, Ordering::Relaxed) {
-            vcpu.inject_nmi();
-        }
-        vcpu.prepare();
-        let (gprs, vmcb) = vcpu.parts();
-        // SAFETY: SVM is on (`enable_svm` comes before any run), GIF is clear but for `let_pending_in`; the VMCB's
-        // nested tables leave out the MLE (checked where they are built), and the VMLOAD area is this CPU's.
-        unsafe { svm::insn::vmrun(gprs, vmcb, self.vmload_area) };
-        vcpu.exit()
+    /// Runs the guest until it exits.
+    pub fn run(&mut self, vcpu: &mut Vcpu<'_>) -> Exit {
+        self.host.run(vcpu, self.arrived)
     }
 
     /// Runs a sandbox. With `interruptible`, a pending interrupt ends the run; it stays pending.
-    pub fn run_interruptible(&mut self, vcpu: &mut SvmVcpu<'_>, interruptible: bool) -> Exit {
-        if interruptible {
-            // SAFETY: GIF is clear, so IF lets nothing in here: it is what V_INTR_MASKING looks at.
-            unsafe { x86::irq::enable() };
-        }
-        vcpu.prepare();
-        let (gprs, vmcb) = vcpu.parts();
-        // SAFETY: as in `run`.
-        unsafe {
-            svm::insn::vmrun(gprs, vmcb, self.vmload_area);
-            x86::irq::disable();
-        }
-        vcpu.exit()
+    pub fn run_sandbox(&mut self, vcpu: &mut Vcpu<'_>, interruptible: bool) -> Exit {
+        self.host.run_sandbox(vcpu, interruptible)
     }
 
     /// Makes single steps step by instructions, not by branches; says whether the guest had it otherwise.
@@ -192,22 +156,12 @@ impl Cpu {
 
     /// Lets pending SMI, NMI and INIT be taken here, in the host.
     pub fn let_pending_in(&mut self) {
-        // SAFETY: SVM is on and this CPU's IDT handles NMI and #SX; interrupts are off.
-        unsafe {
-            svm::insn::stgi();
-            svm::insn::clgi();
-        }
+        self.host.let_pending_in();
     }
 
     /// Takes the interrupts that the APIC delivers now: with the timer borrowed, those of the top class alone.
     pub fn take_interrupts(&mut self) {
-        // SAFETY: as for `let_pending_in`; the handlers of these vectors acknowledge and return. STI holds interrupts for
-        // one instruction.
-        unsafe {
-            svm::insn::stgi();
-            core::arch::asm!("sti", "nop", "cli", options(nostack));
-            svm::insn::clgi();
-        }
+        self.host.take_interrupts();
     }
 
     /// Interrupts that were taken for the guest since last asked: see [`trap::Arrived::held`].
@@ -217,12 +171,7 @@ impl Cpu {
 
     /// Waits for an interrupt of any kind; one that arrived before the call ends it too.
     pub fn doze(&mut self) {
-        // SAFETY: as for `let_pending_in`; STI holds interrupts until HLT waits, so a wake-up cannot be lost.
-        unsafe {
-            svm::insn::stgi();
-            core::arch::asm!("sti", "hlt", "cli", options(nostack));
-            svm::insn::clgi();
-        }
+        self.host.doze();
     }
 
     /// Whether a redirected INIT has come since last asked.
@@ -261,7 +210,7 @@ impl Hardware for Cpu {
 }
 
 /// Where a virtual CPU stands, for reports.
-pub fn describe(vcpu: &SvmVcpu<'_>) -> impl core::fmt::Display + use<> {
+pub fn describe(vcpu: &Vcpu<'_>) -> impl core::fmt::Display + use<> {
     let (c, rip, cpl) = (vcpu.control(), vcpu.rip(), vcpu.cpl());
     Description { rip, cr0: c.cr0, cr3: c.cr3, cr4: c.cr4, efer: c.efer, cpl }
 }

@@ -68,6 +68,18 @@ impl Vcpu for FakeVcpu {
     fn flush_nested(&mut self) {
         self.flushes += 1;
     }
+    fn skip_to(&mut self, rip: u64) {
+        self.rip = rip;
+    }
+    fn takes_interrupts(&self) -> bool {
+        true
+    }
+    fn start_at(&mut self, vector: u8) {
+        self.rip = u64::from(vector) << 12;
+    }
+    fn start_long_mode(&mut self, rip: u64, _: u64, cr3: u64, _: (u64, u32)) {
+        (self.rip, self.control.cr3) = (rip, cr3);
+    }
 }
 
 /// RAM from address 0.

@@ -18,20 +18,19 @@ use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::failure::MleError;
 use hv::io::{Msr, PhysMem};
 use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, SlbHeader, event};
-use hv::radix::{self, NPT, PageSize, Tables};
+use hv::radix::{self, PageSize, Tables};
 use hv::space::{self, View};
-use hv::vcpu::Vcpu;
+use hv::vcpu::Role;
 use iommu::DmaArea;
 use iommu::pci::Function;
 use log::{info, warn};
-use svm::maps::{Iopm, Msrpm};
-use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::acpi::Ecam;
 use crate::apic::Xapic;
+use crate::backend::{MsrMap, PortMap, Vcpu, Vendor, Vm};
 use crate::boot::{self, BootError};
-use crate::cpu::{Cpu, CpuMemory};
+use crate::cpu::{Cpu, CpuMemory, Loaded};
 use crate::dma::{Iommus, Left, Listed};
 use crate::guest::pci;
 use crate::inputs::{self, InputError, Inputs, TXT_REGISTERS, Txt};
@@ -221,7 +220,7 @@ fn launch<'a>(
     let memory = CpuMemory::new(&mut pool).ok_or(LaunchError::OutOfMemory("the first CPU"))?;
     let own = own_tables(&mut pool, &image, &inputs, listed, ram_end, &features, &memory)?;
     // SAFETY: bare metal, CPL 0, GIF clear, the first CPU, once.
-    let (mut cpu, vmcb) = unsafe { Cpu::load(memory, true) };
+    let loaded = unsafe { Loaded::new(memory, true) };
     // SAFETY: the tables map image, stack, region and all RAM as the SLB's did, with fewer rights.
     unsafe { paging::activate(own.root(), features.smep) };
     info!("own page tables active, {} KiB of the region left", pool.left() / 1024);
@@ -292,7 +291,7 @@ fn launch<'a>(
     map.check_runtime(&FIXED_DEVICES)?;
     let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
     let tables_from = pool.mark();
-    let nested = Tables::new(&NPT, 4, features.largest, &mut pool)?;
+    let nested = Tables::new(features.vendor.nested_format(), 4, features.largest, &mut pool)?;
     space.map_view(View::Guest, &nested, &mut pool)?;
     if let Some(copies) = layout.config_space {
         memory::replace_config_space(&ecam, &guarded, copies, &nested, &mut pool)?;
@@ -309,6 +308,7 @@ fn launch<'a>(
     let scratch_at = pool.pages(boot::SMBIOS_AREA / PAGE_SIZE).ok_or(LaunchError::OutOfMemory("SMBIOS"))?;
     // SAFETY: fresh pages of the pool, used as this buffer alone.
     let scratch: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(scratch_at as *mut u8, scratch) };
+    boot::write_thunks(&layout, features.vendor.hypercall(), &mem)?;
     boot::write_efi(&layout, &tables, &map, &acpi, config.policies.rt_properties(), scratch, &mem)?;
     // SAFETY: the area is free guest memory that the layout chose for these tables; nothing else uses it yet.
     let start = boot::write(&layout, &inputs, &kernel, &mem, |area| unsafe { PagePool::new(area) })?;
@@ -328,26 +328,29 @@ fn launch<'a>(
         mem.write(inputs.log.start(), records);
     }
 
-    cpu.enable_svm();
+    // SAFETY: `paging::activate` above.
+    let (mut cpu, page) = unsafe { loaded.enable(features.vendor) };
     let maps_from = pool.mark();
-    let msrpm: &mut Msrpm = pool.object().ok_or(LaunchError::OutOfMemory("the MSR map"))?;
-    guest::msr::intercept_guarded(msrpm);
-    let iopm: &mut Iopm = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
-    guest::ports::guard_smi(iopm);
-    pci::guard(iopm, &ports, guarded);
+    let mut msr_map =
+        MsrMap::new(features.vendor, &mut pool).ok_or(LaunchError::OutOfMemory("the MSR map"))?;
+    guest::msr::intercept_guarded(|index, what| msr_map.intercept(index, what));
+    let port_map: &mut PortMap = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
+    guest::ports::guard_smi(port_map);
+    pci::guard(port_map, &ports, guarded);
     if !cpu.ignores_a20_mask() {
-        guest::ports::guard_a20(iopm, &ports);
+        guest::ports::guard_a20(port_map, &ports);
     }
     if config.policies.defer() {
-        guest::ends::guard(iopm, acpi::end_ports(&mem, &acpi));
+        guest::ends::guard(port_map, acpi::end_ports(&mem, &acpi));
     }
     let maps_to = pool.mark();
     smi::set_guest_policy(config.guest_smi);
-    let vm = VmTables {
-        msrpm: &raw const *msrpm as u64,
-        iopm: &raw const *iopm as u64,
+    let vm = Vm {
+        vendor: features.vendor,
+        msrs: msr_map.address(),
+        ports: &raw const *port_map as u64,
         nested_root: nested.root(),
-        asid: 1,
+        tag: 1,
     };
     // SAFETY: the APIC page is mapped uncached.
     let local = Xapic(unsafe { PhysWindow::new(local_apic::XAPIC_BASE, PAGE_SIZE as u32) });
@@ -356,13 +359,13 @@ fn launch<'a>(
     }
     let apic_page = ApicPage::take(&space, &nested, &mut pool)?;
     let (root, mut window) = apic_page.window(&mut pool)?;
-    let bsp = VmTables { nested_root: root, ..vm };
+    let bsp = Vm { nested_root: root, ..vm };
     let mut setups = heapless::Vec::new();
     for _ in 1..cpus {
         let (nested_root, window) = apic_page.window(&mut pool)?;
         let memory = CpuMemory::new(&mut pool).ok_or(LaunchError::OutOfMemory("a CPU"))?;
         memory.guard(&mut pool, &own)?;
-        let vm = VmTables { nested_root, ..vm };
+        let vm = Vm { nested_root, ..vm };
         let setup = Setup { memory, vm, window, clock, smep: features.smep };
         setups.push(setup).map_err(|_| LaunchError::Cpu("has more CPUs beside it than Cordon can start"))?;
     }
@@ -372,6 +375,7 @@ fn launch<'a>(
     sandbox::set_up(
         &mut pool,
         sandbox::Input {
+            vendor: features.vendor,
             config: &config,
             layout: &layout,
             map: &map,
@@ -406,7 +410,8 @@ fn launch<'a>(
     }
     exposure::flush(&clock);
 
-    let mut vcpu = SvmVcpu::new(vmcb, Role::Guest, &bsp);
+    // SAFETY: this CPU's page, used here for the first time.
+    let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &bsp) };
     vcpu.start_long_mode(start.rip, start.rsp, start.cr3, start.gdt);
     vcpu.gprs_mut().rsi = start.zero_page;
     info!(
@@ -466,6 +471,7 @@ fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize, smm: &Facts) -> heapless::Str
 
 /// What of the CPU decides about tables.
 struct Features {
+    vendor: Vendor,
     smep: bool,
     largest: PageSize,
     /// Physical address bits in use.
@@ -478,14 +484,11 @@ impl Features {
         let [_, b7, ..] = native_cpuid(7, 0);
         let [.., d_ext] = native_cpuid(0x8000_0001, 0);
         let [a_addr, ..] = native_cpuid(0x8000_0008, 0);
-        let [.., d_svm] = native_cpuid(0x8000_000a, 0);
-        if d_svm & 1 == 0 {
-            return Err(LaunchError::Cpu("has no nested paging (CPUID 8000_000Ah EDX bit 0)"));
-        }
+        let vendor = Vendor::of_cpu(native_cpuid).map_err(LaunchError::Cpu)?;
         let largest = if d_ext & 1 << 26 != 0 { PageSize::Size1G } else { PageSize::Size2M };
         // With 2 MiB pages, tables for more than 512 GiB would not fit the region.
         let bits = (a_addr & 0xff).min(if largest == PageSize::Size1G { 48 } else { 39 });
-        Ok(Self { smep: b7 & 1 << 7 != 0, largest, bits })
+        Ok(Self { vendor, smep: b7 & 1 << 7 != 0, largest, bits })
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub mod acpi;
 pub mod apic;
+pub mod backend;
 pub mod boot;
 pub mod cpu;
 pub mod dma;

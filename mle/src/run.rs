@@ -7,11 +7,11 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use firmware::exposure::{self as log_format, Decision, Kind, Record, Text};
 use hv::failure::MleError;
 use hv::io::{Clock, Mmio};
-use hv::vcpu::{Access, Exit, Vcpu};
+use hv::vcpu::{Access, Exit};
 use spin::Mutex;
-use svm::vcpu::SvmVcpu;
 
 use crate::apic::{Command, ICR_HIGH, ICR_LOW, XAPIC_BASE, Xapic};
+use crate::backend::Vcpu;
 use crate::cpu::{self, Cpu};
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
@@ -106,7 +106,7 @@ pub fn write_refusals(out: &mut impl Write) {
 /// Runs the guest on this CPU until it sends INIT to it. For the first CPU there is no such end.
 pub fn guest(
     cpu: &mut Cpu,
-    vcpu: &mut SvmVcpu<'_>,
+    vcpu: &mut Vcpu<'_>,
     window: &mut ApicWindow,
     local: &Xapic<PhysWindow>,
     clock: &TscClock,
@@ -136,7 +136,7 @@ pub fn guest(
             }
         }
         let watched = (window.view() == View::Watched).then_some(XAPIC_BASE);
-        match exits::answer(vcpu, exit, cpu, watched) {
+        match exits::answer(&mut **vcpu, exit, cpu, watched) {
             Next::Resume => {}
             Next::Refused { gpa, access } => {
                 let refusal = Refusal { cpu: index, gpa, access, rip: vcpu.rip() };

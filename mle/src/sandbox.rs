@@ -16,13 +16,13 @@ use firmware::tables::FirmwareTables;
 use heapless::{String, Vec};
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use hv::radix::{self, NPT, PageSize, Tables};
+use hv::radix::{self, PageSize, Tables};
 use hv::space::{AddressSpace, View};
+use hv::vcpu::Role;
 use log::{info, warn};
 use spin::Mutex;
-use svm::maps::{Iopm, Msrpm};
-use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 
+use crate::backend::{MsrMap, PortMap, Vcpu, VcpuPage, Vendor, Vm};
 use crate::boot::Layout;
 use crate::cpu::FpuArea;
 use crate::metal::{Identity, TscClock};
@@ -78,6 +78,8 @@ impl From<radix::Error> for SandboxError {
 
 /// What a sandbox is made from.
 pub struct Input<'a> {
+    /// Which back end runs it.
+    pub vendor: Vendor,
     /// The configuration in force.
     pub config: &'a Config,
     /// Where things of the guest and the sandbox lie.
@@ -108,24 +110,27 @@ pub struct Input<'a> {
 pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError> {
     let Input { config, layout, map, tables, mem, .. } = input;
     let none = |what, bytes| SandboxError::OutOfMemory { what, bytes };
-    let nested = Tables::new(&NPT, 4, input.largest, pool)?;
+    let nested = Tables::new(input.vendor.nested_format(), 4, input.largest, pool)?;
     input.space.map_view(View::Sandbox, &nested, pool)?;
-    let msrs: &mut Msrpm = pool.object().ok_or(none("the MSR map", size_of::<Msrpm>() as u64))?;
+    let mut msrs = MsrMap::new(input.vendor, pool).ok_or(none("the MSR map", PAGE_SIZE))?;
     msrs.close();
     config.sandbox.msrs.iter().for_each(|&index| msrs.allow_read(index));
-    let ports: &mut Iopm = pool.object().ok_or(none("the port map", size_of::<Iopm>() as u64))?;
+    let ports: &mut PortMap = pool.object().ok_or(none("the port map", size_of::<PortMap>() as u64))?;
     ports.close();
-    let vm = VmTables {
-        msrpm: &raw const *msrs as u64,
-        iopm: &raw const *ports as u64,
+    let vm = Vm {
+        vendor: input.vendor,
+        msrs: msrs.address(),
+        ports: &raw const *ports as u64,
         nested_root: nested.root(),
-        asid: 2,
+        tag: 2,
     };
+    let page = VcpuPage::new(pool).ok_or(none("a virtual CPU", PAGE_SIZE))?;
     let (core, runtime) = communication(map, &mem);
     let mut parts = Parts {
         gate: Gate::new(config, layout.thunks, layout.tables),
         state: Sandbox::new(config, input.pm_timer),
-        vcpu: SvmVcpu::new(pool.object().ok_or(none("the VMCB", PAGE_SIZE))?, Role::Sandbox, &vm),
+        // SAFETY: a fresh page.
+        vcpu: unsafe { Vcpu::new(page, Role::Sandbox, &vm) },
         entries: Service::ALL.map(|s| tables.entry(s, map)),
         area: layout.sandbox,
         staging: layout.staging,

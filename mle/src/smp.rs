@@ -19,13 +19,13 @@ use heapless::Vec;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::failure::MleError;
 use hv::io::{Mmio, poll_until};
-use hv::vcpu::Vcpu;
+use hv::vcpu::Role;
 use spin::Mutex;
-use svm::vcpu::{Machine as VmTables, Role, SvmVcpu};
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::apic::{Command, ICR_HIGH, Xapic, delivery};
-use crate::cpu::{Cpu, CpuMemory};
+use crate::backend::{Vcpu, Vm};
+use crate::cpu::{Cpu, CpuMemory, Loaded};
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::metal::{PhysWindow, Ports, TscClock};
 use crate::pool::PagePool;
@@ -221,7 +221,7 @@ pub struct Setup {
     /// Its memory.
     pub memory: CpuMemory,
     /// The guest's tables, with this CPU's nested root.
-    pub vm: VmTables,
+    pub vm: Vm,
     /// Its view of the APIC page.
     pub window: ApicWindow,
     /// Time.
@@ -343,10 +343,11 @@ extern "sysv64" fn entry(index: u32) -> ! {
     };
     // SAFETY: this CPU came from the start-up code with GIF clear (after SKINIT) or interrupts off, once; or it was reset,
     // and what it had from this memory before is gone with that.
-    let (mut cpu, vmcb) = unsafe { Cpu::load(setup.memory, false) };
+    let loaded = unsafe { Loaded::new(setup.memory, false) };
     // SAFETY: the tables the CPU runs on already.
     unsafe { paging::activate(ROOT.load(Ordering::Acquire), setup.smep) };
-    cpu.enable_svm();
+    // SAFETY: which are the MLE's.
+    let (mut cpu, page) = unsafe { loaded.enable(setup.vm.vendor) };
     // SAFETY: the APIC page is mapped uncached.
     let local = Xapic(unsafe { PhysWindow::new(apic::XAPIC_BASE, PAGE_SIZE as u32) });
     // SAFETY: CPL 0 on bare metal.
@@ -366,7 +367,8 @@ extern "sysv64" fn entry(index: u32) -> ! {
         cpu.take_interrupts();
         local.disable();
         let _ = (cpu.held_interrupts(), cpu.init_arrived());
-        let mut vcpu = SvmVcpu::new(&mut *vmcb, Role::Guest, &setup.vm);
+        // SAFETY: this CPU's, and the virtual CPU before it is gone.
+        let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &setup.vm) };
         vcpu.start_at(slot.vector.load(Ordering::Relaxed) as u8);
         slot.set(State::Running);
         run::guest(&mut cpu, &mut vcpu, &mut setup.window, &local, &clock, ports, number);
@@ -439,7 +441,7 @@ pub fn open(index: usize, window: &mut ApicWindow) -> bool {
 pub fn before_run(
     index: usize,
     cpu: &mut Cpu,
-    vcpu: &mut SvmVcpu<'_>,
+    vcpu: &mut Vcpu<'_>,
     window: &mut ApicWindow,
     local: &Xapic<PhysWindow>,
     clock: &TscClock,

@@ -1,6 +1,6 @@
 //! The virtual CPU: a VMCB, the registers that VMRUN leaves to us, and what its exit codes mean.
 
-use hv::vcpu::{Access, Control, Exception, Exit, Gprs, Segment, Vcpu};
+use hv::vcpu::{Access, Control, Exception, Exit, Gprs, Role, Segment, Step, Vcpu};
 use zerocopy::FromZeros;
 
 use crate::defs::{
@@ -33,15 +33,6 @@ pub struct Machine {
     pub asid: u32,
 }
 
-/// Which virtual machine a virtual CPU belongs to; decides what it is stopped for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Linux: as few exits as the architecture allows.
-    Guest,
-    /// Firmware: everything but computation exits.
-    Sandbox,
-}
-
 /// A virtual CPU of SVM.
 pub struct SvmVcpu<'a> {
     vmcb: &'a mut Vmcb,
@@ -53,15 +44,6 @@ pub struct SvmVcpu<'a> {
 struct BeforeStep {
     flags: u64,
     rip: u64,
-}
-
-/// How a single step ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// The instruction was carried out; otherwise it will be tried again.
-    pub executed: bool,
-    /// The exit needs no further answer.
-    pub answered: bool,
 }
 
 impl<'a> SvmVcpu<'a> {
@@ -131,38 +113,6 @@ impl<'a> SvmVcpu<'a> {
         self.gprs = Gprs { rdx: 0x0080_0f12, ..Gprs::default() };
     }
 
-    /// The state after a Startup IPI with `vector`: real mode at `vector` × 1000h.
-    pub fn start_at(&mut self, vector: u8) {
-        self.reset();
-        self.vmcb.cs = Segment {
-            selector: u16::from(vector) << 8,
-            attributes: 0x9b,
-            limit: 0xffff,
-            base: u64::from(vector) << 12,
-        }
-        .into();
-        self.vmcb.rip = 0;
-    }
-
-    /// 64-bit mode at `rip` with flat segments (CS 10h, others 18h), tables at `cr3`, interrupts off.
-    ///
-    /// `gdt` is (base, limit) of a table that holds those descriptors, for code that reloads them.
-    pub fn start_long_mode(&mut self, rip: u64, rsp: u64, cr3: u64, gdt: (u64, u32)) {
-        self.reset();
-        let v = &mut self.vmcb;
-        v.cs = Segment { selector: 0x10, attributes: 0xa9b, limit: u32::MAX, base: 0 }.into();
-        for segment in [&mut v.es, &mut v.ss, &mut v.ds, &mut v.fs, &mut v.gs] {
-            *segment = Segment { selector: 0x18, attributes: 0xc93, limit: u32::MAX, base: 0 }.into();
-        }
-        v.gdtr = Segment { selector: 0, attributes: 0, limit: gdt.1, base: gdt.0 }.into();
-        v.cr0 = 0x8000_0033;
-        v.cr3 = cr3;
-        v.cr4 = 0x20 | 0x600;
-        v.efer = EFER_SVME | 0x100 | EFER_LMA | 0x800;
-        v.rip = rip;
-        v.rsp = rsp;
-    }
-
     /// What the world switch needs: where the registers and the VMCB are.
     pub fn parts(&mut self) -> (*mut Gprs, u64) {
         (&raw mut self.gprs, &raw mut *self.vmcb as u64)
@@ -196,65 +146,6 @@ impl<'a> SvmVcpu<'a> {
     /// The raw VMCB, for state that [`Vcpu`] does not name.
     pub fn vmcb_mut(&mut self) -> &mut Vmcb {
         self.vmcb
-    }
-
-    /// Goes on at `rip`, which an intercepted IN or OUT names as the next instruction.
-    pub fn skip_to(&mut self, rip: u64) {
-        self.vmcb.rip = rip;
-        self.vmcb.interrupt_shadow &= !1;
-    }
-
-    /// Whether a pending interrupt would be delivered at once.
-    pub fn takes_interrupts(&self) -> bool {
-        self.vmcb.rflags & RFLAGS_IF != 0 && self.vmcb.interrupt_shadow & 1 == 0
-    }
-
-    /// Makes the next run end after one instruction, with interrupts and NMIs held and every exception an exit.
-    ///
-    /// Spec: \[APM2\] "Single-Stepping".
-    pub fn begin_step(&mut self) {
-        let v = &mut self.vmcb;
-        self.stepping = Some(BeforeStep { flags: v.rflags & (RFLAGS_TF | RFLAGS_IF), rip: v.rip });
-        v.rflags = (v.rflags | RFLAGS_TF) & !RFLAGS_IF;
-        v.intercept_exceptions = u32::MAX;
-        v.intercept3 |= Intercept3::NMI;
-    }
-
-    /// Ends a step, whatever ended the run; `None` when there was none. The trap that we asked for is swallowed
-    /// unless the guest stepped too; any other exception goes to the guest.
-    pub fn end_step(&mut self, exit: Exit) -> Option<Step> {
-        let before = self.stepping.take()?;
-        let v = &mut self.vmcb;
-        v.rflags = (v.rflags & !(RFLAGS_TF | RFLAGS_IF)) | before.flags;
-        v.intercept_exceptions = 0;
-        v.intercept3 &= !Intercept3::NMI;
-        let executed = v.rip != before.rip;
-        if executed {
-            // An interrupt shadow that the guest had before the instruction is over with it.
-            v.interrupt_shadow &= !1;
-        }
-        let answered = match exit {
-            Exit::Exception { vector: 1, .. } if v.dr6 & DR6_BS != 0 => {
-                if before.flags & RFLAGS_TF != 0 {
-                    self.inject(Exception::Debug);
-                } else {
-                    v.dr6 &= !DR6_BS;
-                }
-                true
-            }
-            Exit::Exception { vector, error } => {
-                v.event_injection = u64::from(vector) | 3 << 8 | 1 << 31;
-                if matches!(vector, 8 | 10..=14 | 17 | 21) {
-                    v.event_injection |= 1 << 11 | error << 32;
-                }
-                if vector == 14 {
-                    v.cr2 = v.exit_info2;
-                }
-                true
-            }
-            _ => false,
-        };
-        Some(Step { executed, answered })
     }
 
     /// Raises an NMI on the next run.
@@ -365,6 +256,85 @@ impl Vcpu for SvmVcpu<'_> {
     }
     fn flush_nested(&mut self) {
         self.vmcb.tlb_control = TLB_FLUSH_ALL;
+    }
+    fn start_at(&mut self, vector: u8) {
+        self.reset();
+        self.vmcb.cs = Segment {
+            selector: u16::from(vector) << 8,
+            attributes: 0x9b,
+            limit: 0xffff,
+            base: u64::from(vector) << 12,
+        }
+        .into();
+        self.vmcb.rip = 0;
+    }
+    fn start_long_mode(&mut self, rip: u64, rsp: u64, cr3: u64, gdt: (u64, u32)) {
+        self.reset();
+        let v = &mut self.vmcb;
+        v.cs = Segment { selector: 0x10, attributes: 0xa9b, limit: u32::MAX, base: 0 }.into();
+        for segment in [&mut v.es, &mut v.ss, &mut v.ds, &mut v.fs, &mut v.gs] {
+            *segment = Segment { selector: 0x18, attributes: 0xc93, limit: u32::MAX, base: 0 }.into();
+        }
+        v.gdtr = Segment { selector: 0, attributes: 0, limit: gdt.1, base: gdt.0 }.into();
+        v.cr0 = 0x8000_0033;
+        v.cr3 = cr3;
+        v.cr4 = 0x20 | 0x600;
+        v.efer = EFER_SVME | 0x100 | EFER_LMA | 0x800;
+        v.rip = rip;
+        v.rsp = rsp;
+    }
+    fn skip_to(&mut self, rip: u64) {
+        self.vmcb.rip = rip;
+        self.vmcb.interrupt_shadow &= !1;
+    }
+    fn takes_interrupts(&self) -> bool {
+        self.vmcb.rflags & RFLAGS_IF != 0 && self.vmcb.interrupt_shadow & 1 == 0
+    }
+    /// Makes the next run end after one instruction, with interrupts and NMIs held and every exception an exit.
+    ///
+    /// Spec: \[APM2\] "Single-Stepping".
+    fn begin_step(&mut self) {
+        let v = &mut self.vmcb;
+        self.stepping = Some(BeforeStep { flags: v.rflags & (RFLAGS_TF | RFLAGS_IF), rip: v.rip });
+        v.rflags = (v.rflags | RFLAGS_TF) & !RFLAGS_IF;
+        v.intercept_exceptions = u32::MAX;
+        v.intercept3 |= Intercept3::NMI;
+    }
+    /// Ends a step, whatever ended the run; `None` when there was none. The trap that we asked for is swallowed
+    /// unless the guest stepped too; any other exception goes to the guest.
+    fn end_step(&mut self, exit: Exit) -> Option<Step> {
+        let before = self.stepping.take()?;
+        let v = &mut self.vmcb;
+        v.rflags = (v.rflags & !(RFLAGS_TF | RFLAGS_IF)) | before.flags;
+        v.intercept_exceptions = 0;
+        v.intercept3 &= !Intercept3::NMI;
+        let executed = v.rip != before.rip;
+        if executed {
+            // An interrupt shadow that the guest had before the instruction is over with it.
+            v.interrupt_shadow &= !1;
+        }
+        let answered = match exit {
+            Exit::Exception { vector: 1, .. } if v.dr6 & DR6_BS != 0 => {
+                if before.flags & RFLAGS_TF != 0 {
+                    self.inject(Exception::Debug);
+                } else {
+                    v.dr6 &= !DR6_BS;
+                }
+                true
+            }
+            Exit::Exception { vector, error } => {
+                v.event_injection = u64::from(vector) | 3 << 8 | 1 << 31;
+                if matches!(vector, 8 | 10..=14 | 17 | 21) {
+                    v.event_injection |= 1 << 11 | error << 32;
+                }
+                if vector == 14 {
+                    v.cr2 = v.exit_info2;
+                }
+                true
+            }
+            _ => false,
+        };
+        Some(Step { executed, answered })
     }
 }
 

@@ -2,7 +2,8 @@
 
 use firmware::acpi::EndPorts;
 use spin::Once;
-use svm::maps::Iopm;
+
+use crate::backend::PortMap;
 
 /// High byte of PM1 control: SLP_EN.
 const SLEEP: u8 = 1 << 5;
@@ -17,7 +18,7 @@ const KEYBOARD: (u16, u8) = (0x64, 0xfe);
 static PORTS: Once<EndPorts> = Once::new();
 
 /// Makes the guest's writes to these ports exit.
-pub fn guard(map: &mut Iopm, ports: EndPorts) {
+pub fn guard(map: &mut PortMap, ports: EndPorts) {
     let fixed = [RESET_CONTROL.0, CONTROL_A.0, KEYBOARD.0];
     let sleep = ports.pm1_control.into_iter().flatten().filter_map(|port| port.checked_add(1));
     let reset = ports.reset.map(|(port, _)| port);
@@ -68,7 +69,7 @@ mod tests {
         ] {
             assert!(!ends(&ports, port, size, value), "{port:#x} {size} {value:#x}");
         }
-        let mut map = Iopm::open();
+        let mut map = PortMap::open();
         guard(&mut map, ports);
         assert!(map.intercepts(0x604, 2) && map.intercepts(0xcf9, 1) && !map.intercepts(0x604, 1));
     }

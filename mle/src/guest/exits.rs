@@ -69,7 +69,7 @@ pub enum Next {
 pub const TWO_BYTES: u64 = 2;
 
 /// Answers `exit`. `apic` is the address of the APIC page while it is watched.
-pub fn answer(vcpu: &mut impl Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<u64>) -> Next {
+pub fn answer(vcpu: &mut dyn Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<u64>) -> Next {
     match exit {
         Exit::Cpuid => {
             let (leaf, subleaf) = (vcpu.gprs().rax as u32, vcpu.gprs().rcx as u32);
@@ -122,7 +122,7 @@ pub fn answer(vcpu: &mut impl Vcpu, exit: Exit, hw: &impl Hardware, apic: Option
     }
 }
 
-fn finish_msr(answer: Answer, vcpu: &mut impl Vcpu, forward: impl FnOnce()) -> Next {
+fn finish_msr(answer: Answer, vcpu: &mut dyn Vcpu, forward: impl FnOnce()) -> Next {
     match answer {
         Answer::Value(value) => {
             let g = vcpu.gprs_mut();

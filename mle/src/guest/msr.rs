@@ -6,9 +6,10 @@
 
 use hv::vcpu::Vcpu;
 
-use super::cpuid::Leaf;
 use svm::defs::EFER_SVME;
-use svm::maps::{MsrIntercept, Msrpm};
+
+use super::cpuid::Leaf;
+use crate::backend::MsrIntercept;
 
 /// IA32_TSC.
 pub const TSC: u32 = 0x10;
@@ -88,14 +89,14 @@ fn guard(index: u32) -> Option<Guard> {
 }
 
 /// Marks the guarded registers in a permission map.
-pub fn intercept_guarded(map: &mut Msrpm) {
+pub fn intercept_guarded(mut intercept: impl FnMut(u32, MsrIntercept)) {
     for (first, last, guard) in GUARDED {
         let what = match guard {
             Guard::Absent | Guard::Efer => MsrIntercept::Both,
             Guard::ReadOnly | Guard::Fixed(_) | Guard::Tsc => MsrIntercept::Write,
         };
         for index in first..=last {
-            map.intercept(index, what);
+            intercept(index, what);
         }
     }
 }
@@ -137,7 +138,7 @@ const EFER_LME: u64 = 1 << 8;
 const CR0_PG: u64 = 1 << 31;
 
 /// Answers an intercepted RDMSR.
-pub fn read(vcpu: &impl Vcpu, index: u32) -> Answer {
+pub fn read(vcpu: &dyn Vcpu, index: u32) -> Answer {
     match guard(index) {
         Some(Guard::Efer) => Answer::Value(vcpu.control().efer & !EFER_SVME),
         // The others are either not intercepted for reads or absent, and what no map covers does not exist.
@@ -148,7 +149,7 @@ pub fn read(vcpu: &impl Vcpu, index: u32) -> Answer {
 /// Answers an intercepted WRMSR. `current` reads the CPU's register, `tsc` is the CPU's counter,
 /// `efer_bits` what [`efer_bits`] gave.
 pub fn write(
-    vcpu: &mut impl Vcpu,
+    vcpu: &mut dyn Vcpu,
     index: u32,
     value: u64,
     current: impl Fn() -> u64,
@@ -184,11 +185,12 @@ pub fn write(
 mod tests {
     use super::*;
     use crate::fake::FakeVcpu;
+    use svm::maps::Msrpm;
 
     #[test]
     fn the_map_and_the_table_agree() {
         let mut map = Msrpm::open();
-        intercept_guarded(&mut map);
+        intercept_guarded(|index, what| map.intercept(index, what));
         assert_eq!(map.intercepts(EFER), (true, true));
         assert_eq!(map.intercepts(VM_CR), (true, true));
         assert_eq!(map.intercepts(0xc001_0117), (true, true));

@@ -13,9 +13,9 @@ use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::{PhysMem, PortIo};
 use iommu::pci::{self, Function};
 use spin::Mutex;
-use svm::maps::Iopm;
 
 use super::ports::{forward, read};
+use crate::backend::PortMap;
 
 /// Most functions that can be guarded: a server has a host bridge for each root port and eight for its memory controllers.
 pub const MAX_GUARDED: usize = 64;
@@ -136,7 +136,7 @@ const _: () = assert!(MAX_GUARDED <= u64::BITS as usize);
 static CONFIG: Mutex<ConfigPorts> = Mutex::new(ConfigPorts::new());
 
 /// Guards `functions` from now on.
-pub fn guard(map: &mut Iopm, ports: &impl PortIo, functions: Vec<Guarded, MAX_GUARDED>) {
+pub fn guard(map: &mut PortMap, ports: &impl PortIo, functions: Vec<Guarded, MAX_GUARDED>) {
     (DATA..DATA_END).chain([ADDRESS]).for_each(|port| map.intercept(port));
     ports.out32(ADDRESS, 0);
     CONFIG.lock().guarded = functions;
@@ -357,7 +357,7 @@ mod tests {
 
     #[test]
     fn the_map_lets_the_reset_port_through() {
-        let mut map = Iopm::open();
+        let mut map = PortMap::open();
         guard(&mut map, &Chipset::new(), Vec::new());
         assert!(map.intercepts(0xcf8, 4) && map.intercepts(0xcfc, 1) && map.intercepts(0xcff, 1));
         assert!(!map.intercepts(0xcf9, 1) && !map.intercepts(0xd00, 4));

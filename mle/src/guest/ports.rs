@@ -8,10 +8,9 @@
 
 use firmware::sandbox::SMI_COMMAND;
 use hv::io::PortIo;
-use hv::vcpu::{Exit, Vcpu};
-use svm::maps::Iopm;
-use svm::vcpu::SvmVcpu;
+use hv::vcpu::Exit;
 
+use crate::backend::{PortMap, Vcpu};
 use crate::metal::Ports;
 
 /// System control port A: bit 1 is A20.
@@ -23,12 +22,12 @@ const KEYBOARD: u16 = 0x64;
 const MASKING: [u8; 2] = [0xd1, 0xdd];
 
 /// Makes the guest's accesses to the SMI command port exit.
-pub fn guard_smi(map: &mut Iopm) {
+pub fn guard_smi(map: &mut PortMap) {
     map.intercept(SMI_COMMAND);
 }
 
 /// Makes the guest's accesses to the ports of address line 20 exit, and unmasks the line.
-pub fn guard_a20(map: &mut Iopm, ports: &impl PortIo) {
+pub fn guard_a20(map: &mut PortMap, ports: &impl PortIo) {
     map.intercept(CONTROL_A);
     map.intercept(KEYBOARD);
     ports.out8(CONTROL_A, (ports.in8(CONTROL_A) | A20) & !1); // bit 0 resets
@@ -71,14 +70,14 @@ pub fn forward(ports: &impl PortIo, port: u16, size: u8, value: u32) {
 }
 
 /// Goes on after an intercepted port access.
-pub fn finish_port(vcpu: &mut SvmVcpu<'_>, exit: Exit) {
+pub fn finish_port(vcpu: &mut Vcpu<'_>, exit: Exit) {
     if let Exit::Port { next_rip, .. } = exit {
         vcpu.skip_to(next_rip);
     }
 }
 
 /// Goes on after an intercepted IN that reads `value`.
-pub fn finish_input(vcpu: &mut SvmVcpu<'_>, exit: Exit, value: u32) {
+pub fn finish_input(vcpu: &mut Vcpu<'_>, exit: Exit, value: u32) {
     let Exit::Port { size, .. } = exit else { return };
     let (rax, value) = (vcpu.gprs().rax, u64::from(value));
     vcpu.gprs_mut().rax = match size {
@@ -90,7 +89,7 @@ pub fn finish_input(vcpu: &mut SvmVcpu<'_>, exit: Exit, value: u32) {
 }
 
 /// Does a port access for a virtual machine, or pretends that no device is there.
-pub fn port_access(vcpu: &mut SvmVcpu<'_>, exit: Exit, ports: Option<Ports>) {
+pub fn port_access(vcpu: &mut Vcpu<'_>, exit: Exit, ports: Option<Ports>) {
     let Exit::Port { port, size, input, .. } = exit else { return };
     if input {
         let value = ports.map_or(u32::MAX, |ports| read(&ports, port, size));
@@ -146,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_command_for_smm_is_found_in_any_access() {
-        let (ports, mut map) = (Ports::default(), Iopm::open());
+        let (ports, mut map) = (Ports::default(), PortMap::open());
         guard_smi(&mut map);
         let mut commands = Vec::new();
         for (port, size, value) in [(0xb2, 1, 0x17), (0xb0, 4, 0x0023_0000), (0xb1, 2, 0x4200)] {
@@ -159,7 +158,7 @@ mod tests {
 
     #[test]
     fn guarding_unmasks_and_does_not_reset() {
-        let (ports, mut map) = (Ports::default(), Iopm::open());
+        let (ports, mut map) = (Ports::default(), PortMap::open());
         guard_a20(&mut map, &ports);
         assert_eq!(*ports.0.borrow(), [(0x92, 2)]);
         assert!(map.intercepts(0x90, 4) && map.intercepts(0x64, 1) && !map.intercepts(0x60, 4));

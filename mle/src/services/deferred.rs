@@ -5,7 +5,6 @@ use firmware::deferred::{Base, Wanted};
 use firmware::exposure::Decision;
 use firmware::service::Service;
 use hv::failure::{Record as Failure, Stage};
-use hv::vcpu::Vcpu;
 
 use super::sandboxed::{Direction, End, buffer_at, copy_buffer};
 use super::{Call, Parts, Phase, Services};

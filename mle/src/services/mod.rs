@@ -26,14 +26,14 @@ use hv::io::Clock;
 use hv::launch::PCR_EXPOSURE;
 use hv::radix::{Error, TablePool};
 use hv::space::AddressSpace;
-use hv::vcpu::{Access, Exception, Vcpu};
+use hv::vcpu::{Access, Exception};
 use log::warn;
 use spin::{Mutex, Once};
-use svm::vcpu::SvmVcpu;
 
 use self::own::Own;
 use self::sandboxed::{Direction, End, buffer_at, copy_buffer};
 use crate::apic::Xapic;
+use crate::backend::Vcpu;
 use crate::cpu::{Cpu, FpuArea};
 use crate::exposure::{self, Settled};
 use crate::guest::walk::GuestView;
@@ -64,7 +64,7 @@ pub struct Parts {
     /// What is done about its exits.
     pub state: Sandbox,
     /// Its virtual CPU.
-    pub vcpu: SvmVcpu<'static>,
+    pub vcpu: Vcpu<'static>,
     /// Entry points in the firmware's runtime code.
     pub entries: [Option<u64>; COUNT],
     /// Its memory, [`SANDBOX_SIZE`] bytes.
@@ -178,7 +178,7 @@ pub fn open(parts: Parts, root: u64) {
 }
 
 /// Takes a hypercall of the guest that was called from one of its thunks.
-pub fn call(cpu: &mut Cpu, vcpu: &mut SvmVcpu<'_>, local: &Xapic<PhysWindow>, ports: Ports) -> Next {
+pub fn call(cpu: &mut Cpu, vcpu: &mut Vcpu<'_>, local: &Xapic<PhysWindow>, ports: Ports) -> Next {
     let Some(services) = SERVICES.get() else {
         vcpu.inject(Exception::InvalidOpcode);
         return Next::Resume;
@@ -210,13 +210,7 @@ pub fn end_of_guest(cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
 }
 
 impl Services {
-    fn call(
-        &mut self,
-        cpu: &mut Cpu,
-        vcpu: &mut SvmVcpu<'_>,
-        local: &Xapic<PhysWindow>,
-        ports: Ports,
-    ) -> Next {
+    fn call(&mut self, cpu: &mut Cpu, vcpu: &mut Vcpu<'_>, local: &Xapic<PhysWindow>, ports: Ports) -> Next {
         let apic_id = local.id();
         let Some(service) = self.called(vcpu) else {
             // Not one of ours: to software that is not on the thunk page there is no hypervisor to call.
@@ -295,7 +289,7 @@ impl Services {
         call: &Call,
         job: Job,
         cpu: &mut Cpu,
-        vcpu: &SvmVcpu<'_>,
+        vcpu: &Vcpu<'_>,
         local: &Xapic<PhysWindow>,
         ports: Ports,
     ) -> Result<Phase, Phase> {
@@ -327,7 +321,7 @@ impl Services {
     }
 
     /// Checks firmware's results and copies them to the guest.
-    fn give(&mut self, call: &Call, job: Job, mut rax: u64, vcpu: &SvmVcpu<'_>) -> Phase {
+    fn give(&mut self, call: &Call, job: Job, mut rax: u64, vcpu: &Vcpu<'_>) -> Phase {
         if let Job::Call(pending) = &job {
             let parts = &mut self.parts;
             copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::FromSandbox);
@@ -443,7 +437,7 @@ impl Services {
     }
 
     /// The service whose thunk made the hypercall: at CPL 0, at its place, with its number.
-    fn called(&self, vcpu: &SvmVcpu<'_>) -> Option<Service> {
+    fn called(&self, vcpu: &Vcpu<'_>) -> Option<Service> {
         let service = Service::from_hypercall(vcpu.gprs().rax as u32)?;
         // The page may be mapped at any address; its offset stays.
         let at = service_at(vcpu.rip() & (PAGE_SIZE - 1))?;
@@ -451,7 +445,7 @@ impl Services {
     }
 
     /// Decodes a new call. `None` when the guest has its answer already.
-    fn begin(&mut self, service: Service, vcpu: &mut SvmVcpu<'_>, apic_id: u32) -> Option<(Call, Phase)> {
+    fn begin(&mut self, service: Service, vcpu: &mut Vcpu<'_>, apic_id: u32) -> Option<(Call, Phase)> {
         if !exposure::has_room() && exposure::flush(&self.parts.clock) != Settled::Measured {
             // Nothing is done that could not go on record.
             finish(vcpu, Status::NOT_READY);
@@ -576,7 +570,7 @@ fn staging(parts: &Parts) -> Result<Staging<'_, Identity>, CapsuleError> {
 }
 
 /// Gives the guest its status.
-fn finish(vcpu: &mut SvmVcpu<'_>, status: Status) {
+fn finish(vcpu: &mut Vcpu<'_>, status: Status) {
     vcpu.gprs_mut().rax = status.0 as u64;
     vcpu.advance(HYPERCALL_LENGTH);
 }

@@ -5,7 +5,7 @@ use firmware::exposure::{Kind, Record};
 use firmware::sandbox::{NotReady, RTC_INDEX, Reason, SMI_COMMAND, State, Verdict};
 use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
-use hv::vcpu::{Access, Exit, Vcpu};
+use hv::vcpu::{Access, Exit};
 use log::warn;
 use zerocopy::IntoBytes;
 
@@ -108,7 +108,7 @@ impl Services {
     ) -> End {
         let parts = &mut self.parts;
         loop {
-            let exit = cpu.run_interruptible(&mut parts.vcpu, interruptible);
+            let exit = cpu.run_sandbox(&mut parts.vcpu, interruptible);
             let at_return =
                 matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
             let answered = match exit {
