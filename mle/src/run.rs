@@ -209,8 +209,9 @@ pub fn guest(
                     smp::kick(index, cpu.redirects_init(), local, clock);
                 }
             }
-            // The last that a kernel does on a CPU that it takes off line, after it turned the APIC off.
-            Exit::InvalidateCaches if smp::look(index, local) => {
+            // The last that a kernel does on a CPU that it takes off line, after it turned the APIC off. Linux's start-up code
+            // has a WBINVD too, before a CPU's APIC is on: no kernel has run there yet.
+            Exit::InvalidateCaches if has_kernel && smp::look(index, local) => {
                 smp::kick(index, cpu.redirects_init(), local, clock)
             }
             _ => {}
