@@ -24,6 +24,8 @@ pub const TAG_DL_INFO: u32 = 1;
 pub const TAG_LOG_INFO: u32 = 2;
 /// Entry tag: what is to be measured ([`PolicyHeader`] and [`PolicyEntry`]s).
 pub const TAG_POLICY: u32 = 3;
+/// Entry tag: what a launch by SENTER changes, as it was ([`IntelInfo`]).
+pub const TAG_INTEL: u32 = 4;
 /// Entry tag: Cordon's own entry; "CRDN". Outside the range TrenchBoot assigns.
 pub const TAG_CORDON: u32 = 0x4e44_5243;
 /// Entry tag that ends the table; it is 8 bytes long.
@@ -112,6 +114,36 @@ pub struct LogInfo {
     pub size: U32,
     /// Address of the log area.
     pub addr: U64,
+}
+
+/// One pair of variable MTRRs.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct MtrrPair {
+    /// IA32_MTRR_PHYSBASEn.
+    pub base: U64,
+    /// IA32_MTRR_PHYSMASKn.
+    pub mask: U64,
+}
+
+/// INTEL: the state that SENTER changes, for the MLE to restore.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct IntelInfo {
+    /// Tag and size.
+    pub hdr: EntryHeader,
+    /// Linux's boot_params: 0.
+    pub boot_params_addr: U64,
+    /// The TXT heap.
+    pub txt_heap: U64,
+    /// IA32_MISC_ENABLE.
+    pub saved_misc_enable: U64,
+    /// IA32_MTRR_DEF_TYPE.
+    pub mtrr_default_type: U64,
+    /// How many of the pairs are used.
+    pub mtrr_count: U64,
+    /// The variable MTRRs.
+    pub mtrr_pairs: [MtrrPair; 32],
 }
 
 /// POLICY: header before the entries.

@@ -9,6 +9,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use hv::failure::{MleError, Record, Stage};
 
 use crate::metal::{Ports, Serial};
+use crate::senter;
 use crate::trap::Frame;
 
 /// A second failure while the first is being handled resets at once.
@@ -16,11 +17,17 @@ static STOPPING: AtomicBool = AtomicBool::new(false);
 
 /// Ends the launch: keeps `error` and its detail for the next boot, logs `why`, caps PCR 17 to 19 and 22 so that nothing later can claim to be this launch, resets.
 pub fn stop(error: MleError, detail: u16, why: fmt::Arguments<'_>) -> ! {
+    give_up(Record { stage: Stage::Mle, code: error as u16, detail }, why)
+}
+
+/// The same for any record.
+pub fn give_up(record: Record, why: fmt::Arguments<'_>) -> ! {
     // SAFETY: only images call this, at CPL 0; whoever used the ports is not coming back.
     let ports = unsafe { Ports::new() };
     if !STOPPING.swap(true, Ordering::AcqRel) {
         // First, because what follows talks to devices that may be the reason.
-        Record { stage: Stage::Mle, code: error as u16, detail }.save(&ports);
+        record.save(&ports);
+        senter::end::keep(record);
         let _ = writeln!(Serial(ports), "cordon: FATAL: {why}");
         crate::measure::cap();
     }
@@ -32,6 +39,7 @@ pub fn end_by_guest(ports: Ports, why: fmt::Arguments<'_>) -> ! {
     if !STOPPING.swap(true, Ordering::AcqRel) {
         let _ = writeln!(Serial(ports), "cordon: guest ends: {why}");
         crate::measure::cap();
+        senter::end::leave();
     }
     reset(ports)
 }
@@ -50,6 +58,7 @@ pub fn exception(frame: &Frame) -> ! {
 
 /// Resets the machine: by the ports that do so, or else by a triple fault.
 pub fn reset(ports: Ports) -> ! {
+    senter::end::reset();
     crate::slb::stop::reset(&ports);
     let nowhere = [0u8; 10];
     // SAFETY: an empty IDT makes the next exception a shutdown, which is the wish.

@@ -43,7 +43,7 @@ use crate::sandbox::{self, SandboxError};
 use crate::services::{self, STATUS_MAX};
 use crate::slb::space::MSR_MMIO_CONFIG;
 use crate::smp::{Setup, SmpError};
-use crate::{apic as local_apic, dma, exposure, fatal, guest, logger, paging, run, smi, smp, trap};
+use crate::{apic as local_apic, dma, exposure, fatal, guest, logger, paging, run, senter, smi, smp, trap};
 
 /// Devices that firmware may not claim for its runtime; IOMMUs and the MLE's memory are refused by the address space.
 const FIXED_DEVICES: [PhysRange; 2] = [
@@ -410,6 +410,8 @@ fn launch<'a>(
     }
     exposure::flush(&clock);
 
+    senter::end::begin_secrets();
+    senter::unmask();
     // SAFETY: this CPU's page, used here for the first time.
     let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &bsp) };
     vcpu.start_long_mode(start.rip, start.rsp, start.cr3, start.gdt);

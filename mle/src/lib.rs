@@ -26,6 +26,7 @@ pub mod platform;
 pub mod pool;
 pub mod run;
 pub mod sandbox;
+pub mod senter;
 pub mod services;
 pub mod slb;
 pub mod smi;

@@ -1,6 +1,7 @@
 //! Application processors: started once by the MLE, parked in it, handed to the guest when it sends a Startup IPI.
 //!
-//! After SKINIT an AP waits for a Startup IPI and must get no INIT. The MLE starts them all before the guest runs, so
+//! After SKINIT an AP waits for a Startup IPI and must get no INIT; after SENTER it has joined the MLE and waits there
+//! ([`crate::senter::rlp`]). The MLE starts them all before the guest runs, so
 //! that none can be started past it, and parks them in HLT with GIF set: an SMI must find all CPUs able to
 //! meet. While the guest may want to start an AP its APIC page is watched, see [`crate::guest::apic_window`].
 //!
@@ -29,7 +30,7 @@ use crate::cpu::{Cpu, CpuMemory, Loaded};
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::metal::{PhysWindow, Ports, TscClock};
 use crate::pool::PagePool;
-use crate::{apic, fatal, paging, run, trap};
+use crate::{apic, fatal, paging, run, senter, trap};
 
 /// Most CPUs.
 pub const MAX_CPUS: usize = 64;
@@ -66,14 +67,16 @@ struct Params {
 }
 
 const PARAMS_AT: usize = 8;
-const GDTR: usize = PARAMS_AT + offset_of!(Params, gdtr) + 2;
+/// Where in the launch page GDTR's operand is.
+pub const GDTR: usize = PARAMS_AT + offset_of!(Params, gdtr) + 2;
 const GDT: usize = PARAMS_AT + offset_of!(Params, gdt);
 const CR3: usize = PARAMS_AT + offset_of!(Params, cr3);
 const COUNTER: usize = PARAMS_AT + offset_of!(Params, counter);
 const LIMIT: usize = PARAMS_AT + offset_of!(Params, limit);
 const STACKS: usize = PARAMS_AT + offset_of!(Params, stacks);
 const ENTRY: usize = PARAMS_AT + offset_of!(Params, entry);
-const JUMP32: usize = PARAMS_AT + offset_of!(Params, jump32);
+/// Where in the launch page the far pointer to [`ap_32`] is, 32-bit code that expects the page's address in EBX.
+pub const JUMP32: usize = PARAMS_AT + offset_of!(Params, jump32);
 const JUMP64: usize = PARAMS_AT + offset_of!(Params, jump64);
 
 global_asm!(
@@ -325,9 +328,13 @@ pub fn start(
     const ALL_BUT_SELF: u32 = 3 << 18;
     let vector = (base >> 12) as u32;
     START_VECTOR.store(vector, Ordering::Relaxed);
-    local
-        .send(clock, ALL_BUT_SELF | 1 << 14 | delivery::STARTUP << 8 | vector, 0)
-        .map_err(|_| SmpError::Send)?;
+    if senter::launched() {
+        senter::rlp::release(base);
+    } else {
+        local
+            .send(clock, ALL_BUT_SELF | 1 << 14 | delivery::STARTUP << 8 | vector, 0)
+            .map_err(|_| SmpError::Send)?;
+    }
     let arrived = || ARRIVED.load(Ordering::Acquire);
     poll_until(clock, ARRIVAL_BUDGET_US, || arrived() == want)
         .map_err(|_| SmpError::Missing { have: arrived(), want })
@@ -346,6 +353,7 @@ extern "sysv64" fn entry(index: u32) -> ! {
     let loaded = unsafe { Loaded::new(setup.memory, false) };
     // SAFETY: the tables the CPU runs on already.
     unsafe { paging::activate(ROOT.load(Ordering::Acquire), setup.smep) };
+    senter::unmask();
     // SAFETY: which are the MLE's.
     let (mut cpu, page) = unsafe { loaded.enable(setup.vm.vendor) };
     // SAFETY: the APIC page is mapped uncached.
@@ -377,6 +385,11 @@ extern "sysv64" fn entry(index: u32) -> ! {
         slot.set(State::Parked);
         kick(number, true, &local, &clock);
     }
+}
+
+/// How many CPUs there are.
+pub fn count() -> usize {
+    COUNT.load(Ordering::Acquire)
 }
 
 /// All CPUs that there are.

@@ -3,11 +3,67 @@
 //! UNSAFETY: the first instructions of the image, before there is a stack, and the linker's symbols.
 #![expect(unsafe_code, reason = "the entry of the image")]
 
-use core::arch::naked_asm;
+use core::arch::{global_asm, naked_asm};
 use core::panic::PanicInfo;
 
-use hv::launch::Handoff;
+use hv::failure::{Record, SenterError, Stage};
+use hv::launch::{Handoff, MleHeader};
+use mle::inputs::TXT_REGISTERS;
 use mle::launch::Image;
+use mle::senter::heap::field;
+use mle::senter::regs;
+
+/// What an MLE of ours can do: both ways to wake the other processors, page tables by ECX, details and authorities in PCR 17 and 18,
+/// SINIT's log in the TCG's format. Linux offers the same.
+const TXT_CAPABILITIES: u32 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 5 | 1 << 9;
+const PAT_RESET: u64 = mle::slb::paging::PAT_RESET;
+
+const fn errorcode(error: SenterError) -> u32 {
+    Record { stage: Stage::Senter, code: error as u16, detail: 0 }.errorcode()
+}
+
+global_asm!(
+    include_str!("senter.s"),
+    at = const 0x40,
+    // The UUID of all MLEs. Spec: [TXT] "MLE Header".
+    uuid0 = const 0x9082_ac5a_u32,
+    uuid1 = const 0x74a7_476f_u32,
+    uuid2 = const 0xa255_5c0f_u32,
+    uuid3 = const 0x42b6_51cb_u32,
+    header_version = const 0x2_0002,
+    capabilities = const TXT_CAPABILITIES,
+    data = const 0x10,
+    code64 = const 0x18,
+    private = const TXT_REGISTERS.start() as u32,
+    public = const TXT_REGISTERS.start() as u32 + 0x1_0000,
+    sts = const regs::STS,
+    sts_wanted = const regs::STS_LAUNCHED,
+    heap_base = const regs::HEAP_BASE,
+    heap_size = const regs::HEAP_SIZE,
+    errorcode = const regs::ERRORCODE,
+    cmd_reset = const regs::CMD_RESET,
+    e2sts = const regs::E2STS,
+    os_sinit_min = const field::OS_SINIT_ELEMENTS,
+    page_tables = const field::OS_SINIT_PAGE_TABLES,
+    pmr_low_base = const field::OS_SINIT_PMR,
+    pmr_low_size = const field::OS_SINIT_PMR + 8,
+    region_size = const core::mem::offset_of!(MleHeader, region_size),
+    not_senter = const errorcode(SenterError::NotSenter),
+    bad_heap = const errorcode(SenterError::Heap),
+    uncovered = const errorcode(SenterError::Region),
+    bad_tables = const errorcode(SenterError::PageTables),
+    present_write = const 3,
+    present_write_large = const 0x83,
+    uncached = const 0x18,
+    // PE, ET, NE, WP, PG; PAE; LME.
+    cr0 = const 0x8001_0031_u32,
+    cr4 = const 0x20,
+    efer = const 0xc000_0080_u32,
+    efer_value = const 0x100,
+    pat = const 0x277,
+    pat_low = const PAT_RESET as u32,
+    pat_high = const (PAT_RESET >> 32) as u32,
+);
 
 unsafe extern "C" {
     static mle_start: u8;
@@ -46,6 +102,8 @@ unsafe extern "C" fn mle_entry() {
         "sub rcx, rdi",
         "xor eax, eax",
         "rep stosb",
+        ".globl mle_relocate",
+        "mle_relocate:", // senter.s ends here: rbx and r12 as now, the rest zeroed
         // [gABI] "Relative Relocation Table": an even word is a place; an odd one has a bit for each of the 63 words
         // that follow the last place, or the last such group.
         "lea rsi, [rip + mle_relr]",
@@ -83,9 +141,8 @@ unsafe extern "C" fn mle_entry() {
     )
 }
 
+/// `handoff` is null after SENTER.
 extern "sysv64" fn main(handoff: *const Handoff) -> ! {
-    // SAFETY: the SLB stage wrote the block before it jumped here; it lies in the SLB, which nothing writes now.
-    let handoff = unsafe { handoff.read() };
     let image = Image {
         start: &raw const mle_start as u64,
         rodata: &raw const mle_rodata as u64,
@@ -94,6 +151,12 @@ extern "sysv64" fn main(handoff: *const Handoff) -> ! {
         end: &raw const mle_end as u64,
         stack_guard: &raw const STACK as u64,
     };
+    if handoff.is_null() {
+        // SAFETY: called once, on the BSP, at CPL 0 with all interrupts masked, in the identity map of `senter.s`.
+        unsafe { mle::senter::start(image) }
+    }
+    // SAFETY: the SLB stage wrote the block before it jumped here; it lies in the SLB, which nothing writes now.
+    let handoff = unsafe { handoff.read() };
     // SAFETY: called once, on the BSP, at CPL 0 with GIF clear, in the identity map of the SLB stage.
     unsafe { mle::launch::start(&handoff, None, image) }
 }

@@ -1,0 +1,93 @@
+//! The end of a launch by SENTER: what is left in TXT's registers, and the platform's reset.
+//!
+//! UNSAFETY: takes the register windows from whoever used them.
+#![expect(unsafe_code, reason = "the hardware edge")]
+
+use core::sync::atomic::Ordering;
+
+use hv::failure::Record;
+use hv::io::Mmio;
+
+use super::regs::{self, Registers};
+use super::{LAUNCHED, insn};
+use crate::metal::PhysWindow;
+use crate::smp;
+
+/// GETSEC\[SEXIT\].
+const SEXIT: u32 = 5;
+
+fn registers() -> Option<Registers<PhysWindow>> {
+    // SAFETY: after SENTER both windows are mapped, in the entry's tables and in ours; who had them before does not come back.
+    LAUNCHED.load(Ordering::Acquire).then(|| unsafe { Registers::of_cpu() })
+}
+
+/// The guest is about to have memory with secrets: the platform wipes memory before anybody reads it, should the launch end in any
+/// way but by [`leave`]. Locality 1 is the guest's.
+pub fn begin_secrets() {
+    if let Some(registers) = registers() {
+        registers.command(regs::CMD_SECRETS);
+        registers.command(regs::CMD_OPEN_LOCALITY1);
+    }
+}
+
+/// Keeps `record` for the next boot.
+pub fn keep(record: Record) {
+    if let Some(registers) = registers() {
+        registers.set_errorcode(record.errorcode());
+    }
+}
+
+/// Ends the launch in order, as the guest wants it; PCRs are capped. With one CPU that goes as far as SEXIT. With others it does
+/// not: SEXIT waits for them without a bound, and they may run the guest. The reset of the platform, which follows in any case,
+/// ends the measured environment too.
+///
+/// Spec: \[TXT\] "Measured Environment Tear Down".
+pub fn leave() {
+    let Some(registers) = registers() else { return };
+    insn::write_back_caches();
+    close(&registers);
+    if smp::count() == 1 {
+        // SAFETY: CPL 0, this is the only CPU and runs no guest any more.
+        unsafe { insn::getsec(SEXIT, 0) };
+    }
+    // From here on TXT's registers are not ours.
+    LAUNCHED.store(false, Ordering::Release);
+}
+
+fn close<M: Mmio>(registers: &Registers<M>) {
+    for command in [regs::CMD_NO_SECRETS, regs::CMD_UNLOCK_MEM_CONFIG, regs::CMD_CLOSE_LOCALITY1] {
+        registers.command(command);
+    }
+    registers.close_private();
+}
+
+/// Has the chipset reset the platform; does nothing but after SENTER. With CMD.SECRETS given, what starts next finds memory wiped.
+pub fn reset() {
+    if let Some(registers) = registers() {
+        registers.command(regs::CMD_RESET);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::regs::tests::{Chipset, PRIVATE, PUBLIC};
+    use super::*;
+
+    #[test]
+    fn the_end_is_in_the_order_of_the_specification() {
+        let chipset = Chipset::new();
+        close(&chipset.registers());
+        let written: Vec<u32> = chipset.writes().iter().map(|(at, _)| *at).collect();
+        assert_eq!(
+            written,
+            [
+                PRIVATE + regs::CMD_NO_SECRETS,
+                PRIVATE + regs::CMD_UNLOCK_MEM_CONFIG,
+                PRIVATE + regs::CMD_CLOSE_LOCALITY1,
+                PRIVATE + regs::CMD_CLOSE_PRIVATE,
+            ]
+        );
+        // Each was fenced by a read, the last one on the page that is still there.
+        assert_eq!(chipset.fences(), [PRIVATE, PRIVATE, PRIVATE, PUBLIC].map(|page| page + regs::E2STS));
+    }
+}

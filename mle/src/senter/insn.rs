@@ -1,0 +1,82 @@
+//! Instructions of a launch by SENTER.
+//!
+//! UNSAFETY: this module is instructions; each function says why it harms nobody.
+#![expect(unsafe_code, reason = "the hardware edge")]
+
+use core::arch::asm;
+
+/// GETSEC with the leaf `function` and EBX = `argument`. In one place, in the first page of the image.
+///
+/// # Safety
+/// CPL 0, outside VMX non-root operation; the leaf's own conditions.
+#[cfg(target_os = "none")]
+#[unsafe(naked)]
+#[unsafe(link_section = ".mle.entry")]
+pub unsafe extern "sysv64" fn getsec(function: u32, argument: u32) {
+    core::arch::naked_asm!(
+        "push rbx",
+        "mov rdx, cr4",
+        "or rdx, 1 << 14", // SMXE
+        "mov cr4, rdx",
+        "mov eax, edi",
+        "mov ebx, esi",
+        "xor ecx, ecx",
+        "xor edx, edx",
+        ".byte 0x0f, 0x37",
+        "pop rbx",
+        "ret",
+    )
+}
+
+/// On the host there is no GETSEC.
+///
+/// # Safety
+/// Not to be called.
+#[cfg(not(target_os = "none"))]
+pub unsafe extern "sysv64" fn getsec(_: u32, _: u32) {
+    unreachable!("GETSEC on the host")
+}
+
+/// WBINVD.
+pub fn write_back_caches() {
+    // SAFETY: loses nothing.
+    unsafe { asm!("wbinvd", options(nostack)) }
+}
+
+/// Runs `change` with the caches off and empty.
+///
+/// Spec: \[SDM3\] "MTRR Considerations in MP Systems".
+pub fn without_caches(change: impl FnOnce()) {
+    const CD: u64 = 1 << 30;
+    const NW: u64 = 1 << 29;
+    // SAFETY: with CD set and NW clear memory stays coherent; the bits come back as they were, caches on.
+    unsafe {
+        let cr0: u64;
+        asm!("mov {}, cr0", out(reg) cr0, options(nomem, nostack));
+        asm!("mov cr0, {}", "wbinvd", in(reg) cr0 & !NW | CD, options(nostack));
+        change();
+        asm!("wbinvd", "mov cr0, {}", in(reg) cr0 & !(NW | CD), options(nostack));
+    }
+}
+
+/// Lets NMIs in again, which SENTER masks until the first IRET.
+pub fn unmask_nmi() {
+    // SAFETY: returns to the next instruction with the same stack, segments and flags; the CPU has its IDT.
+    unsafe {
+        asm!(
+            "mov {stack}, rsp",
+            "mov {at:e}, ss",
+            "push {at}",
+            "push {stack}",
+            "pushfq",
+            "mov {at:e}, cs",
+            "push {at}",
+            "lea {at}, [rip + 2f]",
+            "push {at}",
+            "iretq",
+            "2:",
+            stack = out(reg) _,
+            at = out(reg) _,
+        );
+    }
+}
