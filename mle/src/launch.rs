@@ -340,7 +340,7 @@ fn launch<'a>(
     if !cpu.ignores_a20_mask() {
         guest::ports::guard_a20(port_map, &ports);
     }
-    if config.policies.defer() {
+    if config.policies.defer() || senter::launched() {
         guest::ends::guard(port_map, acpi::end_ports(&mem, &acpi));
     }
     let maps_to = pool.mark();

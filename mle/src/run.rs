@@ -17,7 +17,7 @@ use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
 use crate::guest::{ends, pci, ports as guarded};
 use crate::metal::{PhysWindow, Ports, TscClock};
-use crate::{dma, exposure, fatal, services, smi, smp};
+use crate::{dma, exposure, fatal, senter, services, smi, smp};
 
 /// Exits of each CPU, by kind.
 static EXITS: [[AtomicU64; Exit::KINDS]; smp::MAX_CPUS] =
@@ -184,6 +184,7 @@ pub fn guest(
                     pci::Answer::NotOurs => {
                         if ends::is_end(port, size, value) {
                             services::end_of_guest(cpu, local, ports);
+                            senter::end::with_machine();
                         }
                         guarded::write(&ports, port, size, value, |command| {
                             smi::of_guest(command, id, cpu, &ports, clock)

@@ -9,9 +9,9 @@ use hv::failure::Record;
 use hv::io::Mmio;
 
 use super::regs::{self, Registers};
-use super::{LAUNCHED, insn};
+use super::{LAUNCHED, insn, launched};
 use crate::metal::PhysWindow;
-use crate::smp;
+use crate::{measure, smp};
 
 /// GETSEC\[SEXIT\].
 const SEXIT: u32 = 5;
@@ -37,21 +37,36 @@ pub fn keep(record: Record) {
     }
 }
 
-/// Ends the launch in order, as the guest wants it; PCRs are capped. With one CPU that goes as far as SEXIT. With others it does
-/// not: SEXIT waits for them without a bound, and they may run the guest. The reset of the platform, which follows in any case,
-/// ends the measured environment too.
+/// Ends the launch in order, as the guest wants it; PCRs are capped, and a reset follows. With one CPU that goes as far as SEXIT. With
+/// others it does not: SEXIT waits for them without a bound, and they may run the guest. The reset of the platform ends the
+/// measured environment too.
 ///
 /// Spec: \[TXT\] "Measured Environment Tear Down".
 pub fn leave() {
-    let Some(registers) = registers() else { return };
+    if close_all() && smp::count() == 1 {
+        // SAFETY: CPL 0, this is the only CPU, and nothing uses VMX on it any more.
+        unsafe {
+            insn::leave_vmx();
+            insn::getsec(SEXIT, 0);
+        }
+    }
+}
+
+/// Closes TXT's registers, which are not ours from then on; false when they were not.
+fn close_all() -> bool {
+    let Some(registers) = registers() else { return false };
     insn::write_back_caches();
     close(&registers);
-    if smp::count() == 1 {
-        // SAFETY: CPL 0, this is the only CPU and runs no guest any more.
-        unsafe { insn::getsec(SEXIT, 0) };
-    }
-    // From here on TXT's registers are not ours.
     LAUNCHED.store(false, Ordering::Release);
+    true
+}
+
+/// The guest is about to end the machine by itself: what is there afterwards is not this launch, and nothing is to be wiped.
+pub fn with_machine() {
+    if launched() {
+        measure::cap();
+        close_all();
+    }
 }
 
 fn close<M: Mmio>(registers: &Registers<M>) {
