@@ -336,7 +336,7 @@ impl Sandbox {
         let stop = Verdict::Stop;
         match *exit {
             Exit::Cpuid => Verdict::Cpuid,
-            Exit::Interrupt | Exit::Nmi | Exit::Smi | Exit::Init => Verdict::Resume,
+            Exit::Interrupt | Exit::Nmi | Exit::Smi | Exit::Init | Exit::Absorbed => Verdict::Resume,
             Exit::Port { port, string: true, .. } => stop(Reason::StringPort(port)),
             Exit::Port { port, size, input, .. } => self.port(port, size, input, al),
             Exit::Hypercall if at_return => Verdict::Return,
@@ -347,7 +347,11 @@ impl Sandbox {
             Exit::MsrRead { index } => stop(Reason::Msr { index, write: false }),
             Exit::MsrWrite { index, .. } => stop(Reason::Msr { index, write: true }),
             Exit::Memory { gpa, access, .. } => stop(Reason::Memory { gpa, access }),
-            Exit::VirtualizationInstruction | Exit::InvalidateCaches => stop(Reason::Instruction),
+            Exit::VirtualizationInstruction | Exit::InvalidateCaches | Exit::SetXcr { .. } => {
+                stop(Reason::Instruction)
+            }
+            // It never waits for one.
+            Exit::Startup { .. } => stop(Reason::Cpu { code: 0 }),
             Exit::Halt => stop(Reason::Halt),
             Exit::Shutdown => stop(Reason::Shutdown),
             Exit::Exception { vector, error } => stop(Reason::Exception { vector, error }),

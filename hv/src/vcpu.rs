@@ -148,6 +148,20 @@ pub enum Exit {
     Smi,
     /// An INIT signal is pending.
     Init,
+    /// A Startup IPI came to a virtual CPU that waits for one.
+    Startup {
+        /// It starts at this page.
+        vector: u8,
+    },
+    /// XSETBV.
+    SetXcr {
+        /// Register number.
+        index: u32,
+        /// EDX:EAX.
+        value: u64,
+    },
+    /// The back end has answered it: the guest goes on.
+    Absorbed,
     /// Shutdown: a triple fault.
     Shutdown,
     /// An intercepted exception (the sandbox).
@@ -172,7 +186,7 @@ pub enum Exit {
 
 impl Exit {
     /// Number of [`Exit::kind`]s.
-    pub const KINDS: usize = 17;
+    pub const KINDS: usize = 20;
 
     /// Index of the kind, for counters; below [`Exit::KINDS`].
     pub fn kind(&self) -> usize {
@@ -194,6 +208,9 @@ impl Exit {
             Self::InvalidState => 14,
             Self::Unexpected { .. } => 15,
             Self::InvalidateCaches => 16,
+            Self::Startup { .. } => 17,
+            Self::SetXcr { .. } => 18,
+            Self::Absorbed => 19,
         }
     }
 
@@ -206,7 +223,7 @@ impl Exit {
             "memory",
             "port",
             "hypercall",
-            "svm-insn",
+            "virt-insn",
             "halt",
             "interrupt",
             "nmi",
@@ -217,6 +234,9 @@ impl Exit {
             "invalid",
             "unexpected",
             "invd",
+            "startup",
+            "xsetbv",
+            "absorbed",
         ];
         NAMES.get(kind).copied().unwrap_or("?")
     }
@@ -303,6 +323,8 @@ pub trait Vcpu {
     ///
     /// `gdt` is (base, limit) of a table that holds those descriptors, for code that reloads them.
     fn start_long_mode(&mut self, rip: u64, rsp: u64, cr3: u64, gdt: (u64, u32));
+    /// Has the virtual CPU wait for a Startup IPI, which makes it exit. For the back end that sees one.
+    fn wait_for_startup(&mut self) {}
     /// Makes the next run end after one instruction, with interrupts and NMIs held and every exception an exit. For the back
     /// end that cannot see a Startup IPI.
     fn begin_step(&mut self) {}

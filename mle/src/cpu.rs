@@ -10,14 +10,14 @@ use hv::io::Msr;
 use hv::radix::Tables;
 use hv::vcpu::Exit;
 
-use crate::backend::{CpuPages, Host, Vcpu, VcpuPage, Vendor};
+use crate::backend::{CpuPages, Host, Refusal, Vcpu, VcpuPage, Vendor};
 use crate::guest::cpuid::Leaf;
 use crate::guest::exits::Hardware;
-use crate::guest::msr;
+use crate::guest::msr::{self, Guards};
 use crate::metal::Msrs;
 use crate::paging;
 use crate::pool::PagePool;
-use crate::trap::{self, Arrived, IST_STACKS};
+use crate::trap::{self, Arrived, Bases, IST_STACKS};
 
 const DEBUGCTL: u32 = 0x1d9;
 const DEBUGCTL_BTF: u64 = 1 << 1;
@@ -73,12 +73,14 @@ pub struct Cpu {
     arrived: &'static Arrived,
     msrs: Msrs,
     efer_bits: u64,
+    guards: Guards,
     host: Host,
 }
 
 /// A CPU with its own descriptor tables, whose virtualization is still off.
 pub struct Loaded {
     memory: CpuMemory,
+    bases: Bases,
     msrs: Msrs,
 }
 
@@ -92,21 +94,24 @@ impl Loaded {
         // SAFETY: `CpuMemory::new` took the pages for one CPU, for ever, and that CPU comes here with nothing else.
         let tables = unsafe { &mut *memory.tables };
         // SAFETY: as above.
-        unsafe { tables.load(memory.arrived, memory.stacks, first) };
+        let bases = unsafe { tables.load(memory.arrived, memory.stacks, first) };
+        // A CPU that was reset is no longer in VMX operation.
+        memory.arrived.vmx.store(false, Ordering::Relaxed);
         // SAFETY: the caller's promise; the MLE keeps EFER and CR0 consistent.
-        Self { memory, msrs: unsafe { Msrs::new() } }
+        Self { memory, bases, msrs: unsafe { Msrs::new() } }
     }
 
     /// Turns virtualization on. Gives the page for this CPU's virtual CPU, too.
     ///
     /// # Safety
     /// The MLE's page tables are in force.
-    pub unsafe fn enable(self, vendor: Vendor) -> (Cpu, VcpuPage) {
-        let Self { memory, msrs } = self;
+    pub unsafe fn enable(self, vendor: Vendor) -> Result<(Cpu, VcpuPage), Refusal> {
+        let Self { memory, bases, msrs } = self;
         // SAFETY: a `Loaded` is on bare metal with its descriptor tables; its pages are its own; paging by the caller.
-        let host = unsafe { Host::enable(vendor, memory.pages, &msrs) };
+        let host = unsafe { Host::enable(vendor, memory.pages, &msrs, &bases, memory.arrived) }?;
         let efer_bits = msr::efer_bits(native_cpuid);
-        (Cpu { arrived: memory.arrived, msrs, efer_bits, host }, memory.vcpu)
+        let guards = Guards::of(vendor);
+        Ok((Cpu { arrived: memory.arrived, msrs, efer_bits, guards, host }, memory.vcpu))
     }
 }
 
@@ -114,6 +119,11 @@ impl Cpu {
     /// Whether an INIT can do no harm to the MLE.
     pub fn redirects_init(&self) -> bool {
         self.host.redirects_init()
+    }
+
+    /// Whether a Startup IPI of the guest starts its CPU without the MLE's looking at the APIC page.
+    pub fn sees_startup(&self) -> bool {
+        self.host.sees_startup()
     }
 
     /// Whether no device can mask address line 20.
@@ -128,7 +138,7 @@ impl Cpu {
 
     /// Runs a sandbox. With `interruptible`, a pending interrupt ends the run; it stays pending.
     pub fn run_sandbox(&mut self, vcpu: &mut Vcpu<'_>, interruptible: bool) -> Exit {
-        self.host.run_sandbox(vcpu, interruptible)
+        self.host.run_sandbox(vcpu, interruptible, &self.msrs, self.arrived)
     }
 
     /// Makes single steps step by instructions, not by branches; says whether the guest had it otherwise.
@@ -204,8 +214,24 @@ impl Hardware for Cpu {
         // SAFETY: WBINVD at CPL 0 loses nothing.
         unsafe { core::arch::asm!("wbinvd", options(nostack)) }
     }
+    fn set_xcr0(&self, value: u64) {
+        const CR4_OSXSAVE: u64 = 1 << 18;
+        // SAFETY: the CPU has XSAVE, as its guest executed XSETBV, and takes this value: `exits` compared it with CPUID.
+        unsafe {
+            let cr4 = x86::controlregs::cr4().bits() as u64;
+            core::arch::asm!(
+                "mov cr4, {with}", "xsetbv", "mov cr4, {cr4}",
+                with = in(reg) cr4 | CR4_OSXSAVE, cr4 = in(reg) cr4,
+                in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
+                options(nostack)
+            );
+        }
+    }
     fn efer_bits(&self) -> u64 {
         self.efer_bits
+    }
+    fn guards(&self) -> Guards {
+        self.guards
     }
 }
 

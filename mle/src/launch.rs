@@ -28,10 +28,11 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::acpi::Ecam;
 use crate::apic::Xapic;
-use crate::backend::{MsrMap, PortMap, Vcpu, Vendor, Vm};
+use crate::backend::{MsrMap, PortMap, Refusal, Vcpu, Vendor, Vm};
 use crate::boot::{self, BootError};
 use crate::cpu::{Cpu, CpuMemory, Loaded};
 use crate::dma::{Iommus, Left, Listed};
+use crate::guest::apic_window::View as ApicView;
 use crate::guest::pci;
 use crate::inputs::{self, InputError, Inputs, TXT_REGISTERS, Txt};
 use crate::measure::{MeasureError, Measurer};
@@ -109,6 +110,8 @@ pub enum LaunchError<'a> {
     Smp(SmpError),
     /// The firmware's sandbox.
     Sandbox(SandboxError),
+    /// The CPU's virtualization.
+    Backend(Refusal),
     /// The CPU lacks something.
     Cpu(&'static str),
 }
@@ -132,6 +135,7 @@ impl fmt::Display for LaunchError<'_> {
             Self::Memory(e) => write!(f, "{e}"),
             Self::Smp(e) => write!(f, "{e}"),
             Self::Sandbox(e) => write!(f, "{e}"),
+            Self::Backend(e) => write!(f, "{e}"),
             Self::Cpu(what) => write!(f, "this CPU {what}"),
         }
     }
@@ -158,6 +162,7 @@ from_error! {
     radix::Error => Tables;
     space::Error => Space;
     SmpError => Smp;
+    Refusal => Backend;
     SandboxError => Sandbox;
     MemoryError => Memory;
     TablesError => Efi;
@@ -216,7 +221,7 @@ fn launch<'a>(
     };
 
     // Own tables: descriptor tables first, so that a fault while paging changes is reported.
-    let features = Features::read()?;
+    let features = Features::read(inputs.txt.is_some())?;
     let memory = CpuMemory::new(&mut pool).ok_or(LaunchError::OutOfMemory("the first CPU"))?;
     let own = own_tables(&mut pool, &image, &inputs, listed, ram_end, &features, &memory)?;
     // SAFETY: bare metal, CPL 0, GIF clear, the first CPU, once.
@@ -284,14 +289,16 @@ fn launch<'a>(
     let layout = boot::plan(&inputs, &map, &kernel, sandbox_size, capsules, guarded.len())?;
     let cpus = crate::acpi::count_cpus(&mem, &acpi);
     let mut ecam = crate::acpi::ecam(&mem, &acpi);
-    if let Some(window) = Ecam::of_cpu(msrs.rdmsr(MSR_MMIO_CONFIG)) {
+    // A register of AMD's.
+    let of_cpu = features.vendor.is_svm().then(|| msrs.rdmsr(MSR_MMIO_CONFIG));
+    if let Some(window) = of_cpu.and_then(Ecam::of_cpu) {
         // There is room for one more than the table may have.
         let _ = ecam.push(window);
     }
     map.check_runtime(&FIXED_DEVICES)?;
     let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
     let tables_from = pool.mark();
-    let nested = Tables::new(features.vendor.nested_format(), 4, features.largest, &mut pool)?;
+    let nested = Tables::new(features.vendor.nested_format(), 4, features.largest_nested, &mut pool)?;
     space.map_view(View::Guest, &nested, &mut pool)?;
     if let Some(copies) = layout.config_space {
         memory::replace_config_space(&ecam, &guarded, copies, &nested, &mut pool)?;
@@ -329,11 +336,11 @@ fn launch<'a>(
     }
 
     // SAFETY: `paging::activate` above.
-    let (mut cpu, page) = unsafe { loaded.enable(features.vendor) };
+    let (mut cpu, page) = unsafe { loaded.enable(features.vendor) }?;
     let maps_from = pool.mark();
     let mut msr_map =
         MsrMap::new(features.vendor, &mut pool).ok_or(LaunchError::OutOfMemory("the MSR map"))?;
-    guest::msr::intercept_guarded(|index, what| msr_map.intercept(index, what));
+    guest::msr::Guards::of(features.vendor).intercept(|index, what| msr_map.intercept(index, what));
     let port_map: &mut PortMap = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
     guest::ports::guard_smi(port_map);
     pci::guard(port_map, &ports, guarded);
@@ -359,6 +366,9 @@ fn launch<'a>(
     }
     let apic_page = ApicPage::take(&space, &nested, &mut pool)?;
     let (root, mut window) = apic_page.window(&mut pool)?;
+    if cpu.sees_startup() {
+        window.set(ApicView::Device);
+    }
     let bsp = Vm { nested_root: root, ..vm };
     let mut setups = heapless::Vec::new();
     for _ in 1..cpus {
@@ -381,7 +391,7 @@ fn launch<'a>(
             map: &map,
             tables: &tables,
             pm_timer: acpi::pm_timer(&mem, &acpi),
-            largest: features.largest,
+            largest: features.largest_nested,
             return_to: inputs.region.start(),
             space,
             mem,
@@ -462,10 +472,11 @@ fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize, smm: &Facts) -> heapless::Str
         &mut text,
         format_args!(
             "version: {}\nCPUs: {cpus}\nPCRs 17-19 hold the launch: {}\nTPM localities 2 and up: not in the guest's nested tables\n\
-             INIT redirected (VM_CR.R_INIT): {}\n{smm}",
+             INIT redirected (VM_CR.R_INIT): {}\n{}{smm}",
             env!("CARGO_PKG_VERSION"),
             say(!inputs.tpm_degraded),
-            say(cpu.redirects_init()),
+            if cpu.sees_startup() { "by VMX" } else { say(cpu.redirects_init()) },
+            if cpu.sees_startup() { "SMIs are not intercepted: VMX cannot\n" } else { "" },
         ),
     );
     text
@@ -476,21 +487,26 @@ struct Features {
     vendor: Vendor,
     smep: bool,
     largest: PageSize,
+    /// Of nested tables.
+    largest_nested: PageSize,
     /// Physical address bits in use.
     bits: u32,
 }
 
 impl Features {
-    fn read() -> Result<Self, LaunchError<'static>> {
+    fn read(smx: bool) -> Result<Self, LaunchError<'static>> {
         use crate::cpu::native_cpuid;
         let [_, b7, ..] = native_cpuid(7, 0);
         let [.., d_ext] = native_cpuid(0x8000_0001, 0);
         let [a_addr, ..] = native_cpuid(0x8000_0008, 0);
-        let vendor = Vendor::of_cpu(native_cpuid).map_err(LaunchError::Cpu)?;
+        // SAFETY: bare metal, CPL 0; read only.
+        let msrs = unsafe { Msrs::new() };
+        let vendor = Vendor::of_cpu(native_cpuid, &msrs, smx)?;
         let largest = if d_ext & 1 << 26 != 0 { PageSize::Size1G } else { PageSize::Size2M };
         // With 2 MiB pages, tables for more than 512 GiB would not fit the region.
-        let bits = (a_addr & 0xff).min(if largest == PageSize::Size1G { 48 } else { 39 });
-        Ok(Self { vendor, smep: b7 & 1 << 7 != 0, largest, bits })
+        let largest_nested = vendor.largest_nested(largest);
+        let bits = (a_addr & 0xff).min(if largest_nested.min(largest) == PageSize::Size1G { 48 } else { 39 });
+        Ok(Self { vendor, smep: b7 & 1 << 7 != 0, largest, largest_nested, bits })
     }
 }
 

@@ -157,6 +157,18 @@ pub fn guest(
                 cpu.let_pending_in();
                 smi::arrived(index, local.id(), clock.now_us().saturating_sub(since), clock);
             }
+            // It has gone with the exit. The first CPU's would reset the machine: dropped.
+            Next::Init if cpu.sees_startup() => {
+                if index != 0 {
+                    // At once: the Startup IPI is lost unless the CPU waits for it.
+                    vcpu.wait_for_startup();
+                }
+                continue;
+            }
+            Next::Startup { vector } => {
+                vcpu.start_at(vector);
+                continue;
+            }
             Next::Init if cpu.redirects_init() => cpu.let_pending_in(),
             // It cannot be dropped, and the Startup IPI behind it must not start the CPU past the MLE.
             Next::Init => fatal::end_by_guest(ports, format_args!("INIT to CPU {index}")),
@@ -203,6 +215,7 @@ pub fn guest(
             }
         }
         match exit {
+            _ if cpu.sees_startup() => {}
             // A kernel begins to run, at low addresses, where another has run: kexec, with the other CPUs stopped.
             Exit::Cpuid if vcpu.cpl() == 0 => {
                 let low = vcpu.rip() >> 63 == 0;

@@ -355,13 +355,29 @@ extern "sysv64" fn entry(index: u32) -> ! {
     unsafe { paging::activate(ROOT.load(Ordering::Acquire), setup.smep) };
     senter::unmask();
     // SAFETY: which are the MLE's.
-    let (mut cpu, page) = unsafe { loaded.enable(setup.vm.vendor) };
+    let (mut cpu, page) = match unsafe { loaded.enable(setup.vm.vendor) } {
+        Ok(enabled) => enabled,
+        Err(refusal) => fatal::stop(MleError::Cpu, index as u16, format_args!("AP {index}: {refusal}")),
+    };
     // SAFETY: the APIC page is mapped uncached.
     let local = Xapic(unsafe { PhysWindow::new(apic::XAPIC_BASE, PAGE_SIZE as u32) });
     // SAFETY: CPL 0 on bare metal.
     let ports = unsafe { Ports::new() };
     let clock = setup.clock;
     slot.apic_id.store(local.id(), Ordering::Relaxed);
+    if cpu.sees_startup() {
+        // It waits as a guest, and the Startup IPI is an exit.
+        setup.window.set(View::Device);
+        slot.open.store(true, Ordering::SeqCst);
+        slot.set(State::Running);
+        ARRIVED.fetch_add(1, Ordering::AcqRel);
+        // SAFETY: this CPU's page, used here for the first time since it was reset.
+        let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &setup.vm) };
+        vcpu.wait_for_startup();
+        loop {
+            run::guest(&mut cpu, &mut vcpu, &mut setup.window, &local, &clock, ports, number);
+        }
+    }
     slot.set(State::Parked);
     ARRIVED.fetch_add(1, Ordering::AcqRel);
     loop {

@@ -25,7 +25,8 @@ const NMI_VECTOR: u64 = 2;
 pub const CODE: u16 = 0x08;
 /// Selector of data.
 pub const DATA: u16 = 0x10;
-const TSS: u16 = 0x18;
+/// Selector of the TSS.
+pub const TSS: u16 = 0x18;
 
 /// What interrupt handlers tell the CPU they ran on. GS points to it.
 #[repr(C)]
@@ -35,6 +36,8 @@ pub struct Arrived {
     pub nmi: AtomicBool,
     /// A redirected INIT came.
     pub init: AtomicBool,
+    /// The CPU is in VMX root operation.
+    pub vmx: AtomicBool,
     /// Interrupts of the top priority class that came for the guest while the MLE had the timer: a bit for each vector from
     /// E0h on.
     pub held: AtomicU32,
@@ -45,6 +48,19 @@ pub struct Arrived {
 pub struct Tables {
     gdt: [u64; 5],
     tss: TaskStateSegment,
+}
+
+/// Where a CPU's tables are.
+#[derive(Clone, Copy, Debug)]
+pub struct Bases {
+    /// GDT.
+    pub gdt: u64,
+    /// IDT.
+    pub idt: u64,
+    /// TSS.
+    pub tss: u64,
+    /// [`Arrived`].
+    pub arrived: u64,
 }
 
 /// Interrupt stack table slots in use.
@@ -148,7 +164,13 @@ pub fn on_fatal(handler: fn(&Frame) -> !) {
 
 extern "sysv64" fn handler(frame: &Frame) {
     match frame.vector {
-        NMI_VECTOR => arrived().nmi.store(true, Ordering::Relaxed),
+        NMI_VECTOR => {
+            let arrived = arrived();
+            arrived.nmi.store(true, Ordering::Relaxed);
+            if arrived.vmx.load(Ordering::Relaxed) {
+                crate::backend::nmi_arrived();
+            }
+        }
         SX_VECTOR => arrived().init.store(true, Ordering::Relaxed),
         v if v == u64::from(WAKE_VECTOR) => end_of_interrupt(),
         v if v > u64::from(WAKE_VECTOR) => {
@@ -221,7 +243,12 @@ impl Tables {
     /// # Safety
     /// At CPL 0 in 64-bit mode, GIF clear; `self` and `arrived` live for ever and are this CPU's alone; the stacks
     /// are mapped, writable and nobody else's. `first` on the first CPU only, before the others run.
-    pub unsafe fn load(&'static mut self, arrived: &'static Arrived, stacks: [u64; IST_STACKS], first: bool) {
+    pub unsafe fn load(
+        &'static mut self,
+        arrived: &'static Arrived,
+        stacks: [u64; IST_STACKS],
+        first: bool,
+    ) -> Bases {
         if first {
             build_idt();
         }
@@ -267,6 +294,12 @@ impl Tables {
                 tmp = out(reg) _,
             );
             x86::msr::wrmsr(x86::msr::IA32_GS_BASE, arrived as *const Arrived as u64);
+        }
+        Bases {
+            gdt: self.gdt.as_ptr() as u64,
+            idt: IDT.0.get() as u64,
+            tss,
+            arrived: arrived as *const Arrived as u64,
         }
     }
 }

@@ -1,19 +1,22 @@
 //! Permission maps: which MSRs and ports make a virtual machine exit.
 
 use svm::maps::{Iopm, Msrpm};
+use vmx::maps::MsrBitmap;
 
 use super::Vendor;
 use crate::pool::PagePool;
 
 pub use svm::maps::MsrIntercept;
 
-/// Ports that exit.
+/// Ports that exit. The first two pages are VMX's I/O bitmaps, too: one bit a port in both.
 pub type PortMap = Iopm;
 
 /// MSRs that exit.
 pub enum MsrMap {
     /// Of SVM.
     Svm(&'static mut Msrpm),
+    /// Of VMX.
+    Vmx(&'static mut MsrBitmap),
 }
 
 impl MsrMap {
@@ -21,6 +24,7 @@ impl MsrMap {
     pub fn new(vendor: Vendor, pool: &mut PagePool) -> Option<Self> {
         Some(match vendor {
             Vendor::Svm => Self::Svm(pool.object()?),
+            Vendor::Vmx(_) => Self::Vmx(pool.object()?),
         })
     }
 
@@ -28,6 +32,7 @@ impl MsrMap {
     pub fn address(&self) -> u64 {
         match self {
             Self::Svm(map) => &raw const **map as u64,
+            Self::Vmx(map) => &raw const **map as u64,
         }
     }
 
@@ -35,6 +40,7 @@ impl MsrMap {
     pub fn close(&mut self) {
         match self {
             Self::Svm(map) => map.close(),
+            Self::Vmx(map) => map.close(),
         }
     }
 
@@ -42,6 +48,7 @@ impl MsrMap {
     pub fn allow_read(&mut self, index: u32) {
         match self {
             Self::Svm(map) => map.allow_read(index),
+            Self::Vmx(map) => map.allow_read(index),
         }
     }
 
@@ -49,6 +56,7 @@ impl MsrMap {
     pub fn intercept(&mut self, index: u32, what: MsrIntercept) {
         match self {
             Self::Svm(map) => map.intercept(index, what),
+            Self::Vmx(map) => map.intercept(index, what == MsrIntercept::Both),
         }
     }
 }

@@ -6,43 +6,96 @@
 
 mod maps;
 mod svm_host;
+mod vmx_host;
 
+use core::fmt;
 use core::ops::{Deref, DerefMut};
 
-use ::svm::defs::Vmcb;
-use ::svm::vcpu::{Machine as SvmMachine, SvmVcpu};
 use firmware::tables::HypercallInsn;
-use hv::radix::{Format, NPT};
+use hv::io::Msr;
+use hv::radix::{EPT, Format, NPT, PageSize};
 use hv::vcpu::{Exit, Role};
+use svm::defs::Vmcb;
+use svm::vcpu::{Machine as SvmMachine, SvmVcpu};
+use vmx::caps::Caps;
+use vmx::vcpu::Machine as VmxMachine;
 
 pub use self::maps::{MsrIntercept, MsrMap, PortMap};
 use self::svm_host::SvmHost;
+pub use self::vmx_host::nmi_arrived;
+use self::vmx_host::{Traits, VmxCpu, VmxHost};
 use crate::guest::cpuid::Leaf;
 use crate::metal::Msrs;
 use crate::pool::PagePool;
-use crate::trap::Arrived;
+use crate::trap::{Arrived, Bases};
 
 /// Which back end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vendor {
     /// AMD SVM.
     Svm,
+    /// Intel VMX.
+    Vmx(Traits),
+}
+
+/// Why a CPU cannot run the MLE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Neither SVM nor VMX.
+    NoVirtualization,
+    /// SVM without nested paging.
+    NoNestedPaging,
+    /// What VMX lacks.
+    Vmx(vmx::caps::Refusal),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoVirtualization => f.write_str("this CPU has neither SVM nor VMX"),
+            Self::NoNestedPaging => f.write_str("this CPU has no nested paging (CPUID 8000_000Ah EDX bit 0)"),
+            Self::Vmx(refusal) => write!(f, "{refusal}"),
+        }
+    }
+}
+
+impl From<vmx::caps::Refusal> for Refusal {
+    fn from(refusal: vmx::caps::Refusal) -> Self {
+        Self::Vmx(refusal)
+    }
 }
 
 impl Vendor {
-    /// What the CPU has, or what it lacks.
-    pub fn of_cpu(cpuid: impl Fn(u32, u32) -> Leaf) -> Result<Self, &'static str> {
-        let [.., d_svm] = cpuid(0x8000_000a, 0);
-        if d_svm & 1 == 0 {
-            return Err("has no nested paging (CPUID 8000_000Ah EDX bit 0)");
+    /// What the CPU has, or what it lacks. `smx`: it was launched by SENTER.
+    pub fn of_cpu(cpuid: impl Fn(u32, u32) -> Leaf, msrs: &impl Msr, smx: bool) -> Result<Self, Refusal> {
+        const SVM: u32 = 1 << 2;
+        const VMX: u32 = 1 << 5;
+        let [.., ext_c, _] = cpuid(0x8000_0001, 0);
+        let [.., c, _] = cpuid(1, 0);
+        if ext_c & SVM != 0 {
+            let [.., d_svm] = cpuid(0x8000_000a, 0);
+            return if d_svm & 1 != 0 { Ok(Self::Svm) } else { Err(Refusal::NoNestedPaging) };
         }
-        Ok(Self::Svm)
+        if c & VMX == 0 {
+            return Err(Refusal::NoVirtualization);
+        }
+        Ok(Self::Vmx(Traits { caps: Caps::read(msrs)?, smx }))
     }
 
     /// Layout of nested tables.
     pub fn nested_format(self) -> &'static Format {
         match self {
             Self::Svm => &NPT,
+            Self::Vmx(_) => &EPT,
+        }
+    }
+
+    /// Largest page of nested tables, where the MLE's own may be as large as `own`.
+    pub fn largest_nested(self, own: PageSize) -> PageSize {
+        match self {
+            Self::Svm => own,
+            Self::Vmx(traits) if traits.caps.pages_1g => PageSize::Size1G,
+            Self::Vmx(_) => PageSize::Size2M,
         }
     }
 
@@ -50,7 +103,13 @@ impl Vendor {
     pub fn hypercall(self) -> HypercallInsn {
         match self {
             Self::Svm => HypercallInsn::Vmmcall,
+            Self::Vmx(_) => HypercallInsn::Vmcall,
         }
+    }
+
+    /// Whether this is AMD's.
+    pub fn is_svm(self) -> bool {
+        self == Self::Svm
     }
 }
 
@@ -84,9 +143,12 @@ impl VcpuPage {
 }
 
 /// A virtual CPU.
+#[expect(clippy::large_enum_variant, reason = "there are as many as CPUs, and no heap")]
 pub enum Vcpu<'a> {
     /// Of SVM.
     Svm(SvmVcpu<'a>),
+    /// Of VMX.
+    Vmx(VmxCpu),
 }
 
 impl Vcpu<'_> {
@@ -107,6 +169,16 @@ impl Vcpu<'_> {
                 // SAFETY: `VcpuPage::new` took it from the pool for ever, and the caller has no other use of it now.
                 Self::Svm(SvmVcpu::new(unsafe { &mut *page.0 }, role, &machine))
             }
+            Vendor::Vmx(traits) => {
+                let machine = VmxMachine {
+                    msr_bitmap: vm.msrs,
+                    io_bitmaps: vm.ports,
+                    nested_root: vm.nested_root,
+                    vpid: vm.tag,
+                };
+                // SAFETY: as above.
+                Self::Vmx(unsafe { VmxCpu::new(page.0 as u64, role, machine, &traits.caps) })
+            }
         }
     }
 }
@@ -116,6 +188,7 @@ impl<'a> Deref for Vcpu<'a> {
     fn deref(&self) -> &Self::Target {
         match self {
             Self::Svm(vcpu) => vcpu,
+            Self::Vmx(cpu) => &cpu.vcpu,
         }
     }
 }
@@ -124,6 +197,7 @@ impl DerefMut for Vcpu<'_> {
     fn deref_mut(&mut self) -> &mut Self::Target {
         match self {
             Self::Svm(vcpu) => vcpu,
+            Self::Vmx(cpu) => &mut cpu.vcpu,
         }
     }
 }
@@ -143,6 +217,8 @@ impl CpuPages {
 pub enum Host {
     /// SVM.
     Svm(SvmHost),
+    /// VMX.
+    Vmx(VmxHost),
 }
 
 impl Host {
@@ -152,17 +228,34 @@ impl Host {
     /// On bare metal at CPL 0, interrupts off, with this CPU's descriptor tables loaded and the MLE's page tables in force.
     /// The pages are this CPU's.
     #[expect(unsafe_code, reason = "switches virtualization on")]
-    pub unsafe fn enable(vendor: Vendor, pages: CpuPages, msrs: &Msrs) -> Self {
-        match vendor {
+    pub unsafe fn enable(
+        vendor: Vendor,
+        pages: CpuPages,
+        msrs: &Msrs,
+        bases: &Bases,
+        arrived: &Arrived,
+    ) -> Result<Self, Refusal> {
+        let [first, _] = pages.0;
+        Ok(match vendor {
             // SAFETY: the caller's promise.
             Vendor::Svm => Self::Svm(unsafe { SvmHost::enable(pages.0, msrs) }),
-        }
+            Vendor::Vmx(traits) => {
+                // SAFETY: the caller's promise.
+                Self::Vmx(unsafe { VmxHost::enable(&traits, first, msrs, bases, arrived) }?)
+            }
+        })
+    }
+
+    /// Whether a Startup IPI of the guest starts its CPU without the MLE's looking at the APIC page.
+    pub fn sees_startup(&self) -> bool {
+        matches!(self, Self::Vmx(_))
     }
 
     /// Whether an INIT can do no harm to the MLE. Not so on AMD without VM_CR.R_INIT: there it resets the CPU.
     pub fn redirects_init(&self) -> bool {
         match self {
             Self::Svm(host) => host.guarded_init,
+            Self::Vmx(_) => true,
         }
     }
 
@@ -170,6 +263,8 @@ impl Host {
     pub fn ignores_a20_mask(&self) -> bool {
         match self {
             Self::Svm(host) => host.ignores_a20,
+            // In VMX operation the CPU does.
+            Self::Vmx(_) => true,
         }
     }
 
@@ -177,13 +272,23 @@ impl Host {
     pub fn run(&mut self, vcpu: &mut Vcpu<'_>, arrived: &Arrived) -> Exit {
         match (self, vcpu) {
             (Self::Svm(host), Vcpu::Svm(vcpu)) => host.run(vcpu, arrived),
+            (Self::Vmx(host), Vcpu::Vmx(cpu)) => host.run(cpu, arrived),
+            _ => Exit::InvalidState,
         }
     }
 
     /// Runs a sandbox until it exits. With `interruptible`, a pending interrupt ends the run; it stays pending.
-    pub fn run_sandbox(&mut self, vcpu: &mut Vcpu<'_>, interruptible: bool) -> Exit {
+    pub fn run_sandbox(
+        &mut self,
+        vcpu: &mut Vcpu<'_>,
+        interruptible: bool,
+        msrs: &Msrs,
+        arrived: &Arrived,
+    ) -> Exit {
         match (self, vcpu) {
             (Self::Svm(host), Vcpu::Svm(vcpu)) => host.run_sandbox(vcpu, interruptible),
+            (Self::Vmx(host), Vcpu::Vmx(cpu)) => host.run_sandbox(cpu, interruptible, msrs, arrived),
+            _ => Exit::InvalidState,
         }
     }
 
@@ -191,6 +296,8 @@ impl Host {
     pub fn let_pending_in(&mut self) {
         match self {
             Self::Svm(host) => host.let_pending_in(),
+            // Nothing is held but INIT, which is the guest's exit.
+            Self::Vmx(_) => {}
         }
     }
 
@@ -198,6 +305,7 @@ impl Host {
     pub fn take_interrupts(&mut self) {
         match self {
             Self::Svm(host) => host.take_interrupts(),
+            Self::Vmx(host) => host.take_interrupts(),
         }
     }
 
@@ -205,6 +313,7 @@ impl Host {
     pub fn doze(&mut self) {
         match self {
             Self::Svm(host) => host.doze(),
+            Self::Vmx(host) => host.doze(),
         }
     }
 }

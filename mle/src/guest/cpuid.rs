@@ -16,6 +16,8 @@ pub const INTERFACE: u32 = 1;
 /// Leaf [`BASE`] + 1, EBX bit 0: EFI runtime services are mediated.
 pub const FEATURE_FIRMWARE: u32 = 1 << 0;
 
+/// Leaf 1, ECX: DTES64, DS-CPL, VMX, SMX, x2APIC.
+const HIDDEN_1C: u32 = 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 21;
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_PKE: u64 = 1 << 22;
 
@@ -38,19 +40,36 @@ pub fn cpuid(leaf: u32, subleaf: u32, control: &Control, native: impl Fn(u32, u3
         LAST => [INTERFACE, FEATURE_FIRMWARE, 0, 0],
         0x4000_0002..=0x4fff_ffff => [0; 4],
         // Hidden whole: SVM and memory encryption, which would let the guest re-key what the MLE measured.
-        0x8000_000a | 0x8000_001f => [0; 4],
+        // Intel: enclaves and processor trace, whose output goes to physical addresses.
+        0x8000_000a | 0x8000_001f | 0x12 | 0x14 => [0; 4],
         _ => {
             let [a, b, c, d] = native(leaf, subleaf);
+            // Hardware feedback: written by physical address.
+            let a = if leaf == 6 { a & !(1 << 19 | 1 << 23) } else { a };
             let c = match leaf {
-                // No x2APIC: its ICR is an MSR, beside the page that is watched.
-                1 => mirror(c & !(1 << 21) | 1 << 31, 1 << 27, control.cr4 & CR4_OSXSAVE != 0),
-                7 if subleaf == 0 => mirror(c, 1 << 4, control.cr4 & CR4_PKE != 0),
+                // No x2APIC: its ICR is an MSR, beside the page that is watched. No DTES64 (2), DS-CPL (4): the debug store
+                // is written by linear address, in the MLE too. VMX (5), SMX (6).
+                1 => mirror(c & !HIDDEN_1C | 1 << 31, 1 << 27, control.cr4 & CR4_OSXSAVE != 0),
+                // No SGX launch configuration.
+                7 if subleaf == 0 => mirror(c & !(1 << 30), 1 << 4, control.cr4 & CR4_PKE != 0),
                 // SVM, SKINIT.
                 0x8000_0001 => c & !(1 << 2 | 1 << 12),
                 _ => c,
             };
             // No scalable machine check: its MSRs are beyond the permission map, so that each access would exit.
-            let b = if leaf == 0x8000_0007 { b & !(1 << 3) } else { b };
+            let b = match leaf {
+                0x8000_0007 => b & !(1 << 3),
+                // SGX, processor trace.
+                7 if subleaf == 0 => b & !(1 << 2 | 1 << 25),
+                _ => b,
+            };
+            let d = match leaf {
+                // Debug store.
+                1 => d & !(1 << 21),
+                // PCONFIG.
+                7 if subleaf == 0 => d & !(1 << 18),
+                _ => d,
+            };
             [a, b, c, d]
         }
     }
@@ -73,6 +92,13 @@ mod tests {
         assert_ne!(cpuid(1, 0, &CONTROL, |_, _| [0; 4])[2] & 1 << 31, 0);
         assert_eq!(cpuid(1, 0, &CONTROL, all_ones)[2] & 1 << 21, 0, "x2APIC");
         assert_eq!(cpuid(0x8000_0007, 0, &CONTROL, all_ones)[1] & 1 << 3, 0, "SMCA");
+        assert_eq!(cpuid(1, 0, &CONTROL, all_ones)[2] & 0x60, 0, "VMX, SMX");
+        assert_eq!(cpuid(1, 0, &CONTROL, all_ones)[3] & 1 << 21, 0, "debug store");
+        assert_eq!(cpuid(7, 0, &CONTROL, all_ones)[1] & 0x0200_0004, 0, "processor trace, SGX");
+        assert_eq!(
+            (cpuid(0x12, 0, &CONTROL, all_ones), cpuid(0x14, 0, &CONTROL, all_ones)),
+            ([0; 4], [0; 4])
+        );
         let [last, b, c, d] = cpuid(BASE, 0, &CONTROL, all_ones);
         let name: Vec<u8> = [b, c, d].iter().flat_map(|w| w.to_le_bytes()).collect();
         assert_eq!((last, name.as_slice()), (LAST, b"CordonMLE   ".as_slice()));

@@ -3,13 +3,13 @@
 use hv::vcpu::{Access, Exception, Exit, Gprs, Vcpu};
 
 use super::cpuid::{self, Leaf};
-use super::msr::{self, Answer};
+use super::msr::{Answer, Guards};
 
 /// What answers need of the CPU that the guest runs on.
 pub trait Hardware {
     /// CPUID.
     fn cpuid(&self, leaf: u32, subleaf: u32) -> Leaf;
-    /// RDMSR of a register that [`msr`] knows to exist.
+    /// RDMSR of a register that [`super::msr`] knows to exist.
     fn rdmsr(&self, index: u32) -> u64;
     /// WRMSR of such a register.
     fn wrmsr(&self, index: u32, value: u64);
@@ -17,8 +17,12 @@ pub trait Hardware {
     fn tsc(&self) -> u64;
     /// WBINVD.
     fn write_back_caches(&self);
-    /// EFER bits of this CPU, see [`msr::efer_bits`].
+    /// XSETBV of a value that is valid.
+    fn set_xcr0(&self, value: u64);
+    /// EFER bits of this CPU, see [`super::msr::efer_bits`].
     fn efer_bits(&self) -> u64;
+    /// The MSRs that are guarded.
+    fn guards(&self) -> Guards;
 }
 
 /// What the run loop does next.
@@ -41,6 +45,11 @@ pub enum Next {
     Nmi,
     /// The guest's CPU is to wait for a Startup IPI.
     Init,
+    /// The guest's CPU starts at this page.
+    Startup {
+        /// Page number.
+        vector: u8,
+    },
     /// The guest used a port that is guarded.
     Port {
         /// Port number.
@@ -68,6 +77,29 @@ pub enum Next {
 /// Length of CPUID, RDMSR, WRMSR and INVD without prefixes, where the CPU does not tell.
 pub const TWO_BYTES: u64 = 2;
 
+/// Length of XSETBV without prefixes.
+const THREE_BYTES: u64 = 3;
+
+/// Whether XSETBV of XCR0 would raise #GP for this value; the MLE executes it for the guest.
+///
+/// Spec: \[SDM1\] "Extended Control Register 0", "XSETBV" of \[SDM2\].
+fn xcr0_is_valid(value: u64, hw: &impl Hardware) -> bool {
+    const X87: u64 = 1 << 0;
+    const SSE: u64 = 1 << 1;
+    const AVX: u64 = 1 << 2;
+    const MPX: u64 = 3 << 3;
+    const AVX512: u64 = 7 << 5;
+    const AMX: u64 = 3 << 17;
+    let [low, _, _, high] = hw.cpuid(0xd, 0);
+    let supported = u64::from(high) << 32 | u64::from(low);
+    let whole = |group: u64| value & group == 0 || value & group == group;
+    value & !supported == 0
+        && value & X87 != 0
+        && (value & AVX == 0 || value & SSE != 0)
+        && [MPX, AVX512, AMX].into_iter().all(whole)
+        && (value & AVX512 == 0 || value & AVX != 0)
+}
+
 /// Answers `exit`. `apic` is the address of the APIC page while it is watched.
 pub fn answer(vcpu: &mut dyn Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<u64>) -> Next {
     match exit {
@@ -79,9 +111,9 @@ pub fn answer(vcpu: &mut dyn Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<
             vcpu.advance(TWO_BYTES);
             Next::Resume
         }
-        Exit::MsrRead { index } => finish_msr(msr::read(vcpu, index), vcpu, || ()),
+        Exit::MsrRead { index } => finish_msr(hw.guards().read(vcpu, index), vcpu, || ()),
         Exit::MsrWrite { index, value } => {
-            let answer = msr::write(vcpu, index, value, || hw.rdmsr(index), hw.tsc(), hw.efer_bits());
+            let answer = hw.guards().write(vcpu, index, value, || hw.rdmsr(index), hw.tsc(), hw.efer_bits());
             finish_msr(answer, vcpu, || hw.wrmsr(index, value))
         }
         Exit::Memory { gpa, access, .. } => match apic {
@@ -104,6 +136,17 @@ pub fn answer(vcpu: &mut dyn Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<
             vcpu.advance(TWO_BYTES);
             Next::Resume
         }
+        Exit::SetXcr { index, value } => {
+            if index == 0 && xcr0_is_valid(value, hw) {
+                hw.set_xcr0(value);
+                vcpu.advance(THREE_BYTES);
+            } else {
+                vcpu.inject(Exception::GeneralProtection);
+            }
+            Next::Resume
+        }
+        Exit::Absorbed => Next::Resume,
+        Exit::Startup { vector } => Next::Startup { vector },
         Exit::Smi => Next::Smi,
         Exit::Nmi => Next::Nmi,
         Exit::Init => Next::Init,
@@ -163,8 +206,14 @@ mod tests {
             0
         }
         fn write_back_caches(&self) {}
+        fn set_xcr0(&self, value: u64) {
+            self.msr.set((0, value));
+        }
         fn efer_bits(&self) -> u64 {
             0xd01
+        }
+        fn guards(&self) -> Guards {
+            Guards::AMD
         }
     }
 
@@ -215,6 +264,41 @@ mod tests {
         v.gprs.rax = 0xffff_ffff_0000_0005;
         answer(&mut v, Exit::Cpuid, &FakeHardware::default(), None);
         assert_eq!((v.gprs.rax, v.rip), (5, 0x1002));
+    }
+
+    #[test]
+    fn xcr0_takes_what_the_cpu_takes() {
+        struct Avx512;
+        impl Hardware for Avx512 {
+            fn cpuid(&self, _: u32, _: u32) -> Leaf {
+                [0x6_00ff, 0, 0, 0]
+            }
+            fn rdmsr(&self, _: u32) -> u64 {
+                0
+            }
+            fn wrmsr(&self, _: u32, _: u64) {}
+            fn tsc(&self) -> u64 {
+                0
+            }
+            fn write_back_caches(&self) {}
+            fn set_xcr0(&self, _: u64) {}
+            fn efer_bits(&self) -> u64 {
+                0
+            }
+            fn guards(&self) -> Guards {
+                Guards::AMD
+            }
+        }
+        for value in [1, 3, 7, 0x1b, 0xe7, 0xff, 0x6_0003] {
+            assert!(xcr0_is_valid(value, &Avx512), "{value:#x}");
+        }
+        for value in [0, 2, 5, 0xb, 0x27, 0xe3, 0x2_0003, 0x107, 1 << 63 | 1] {
+            assert!(!xcr0_is_valid(value, &Avx512), "{value:#x}");
+        }
+        let mut v = FakeVcpu::default();
+        let hw = FakeHardware::default();
+        answer(&mut v, Exit::SetXcr { index: 1, value: 1 }, &hw, None);
+        assert_eq!((v.injected, hw.msr.get()), (Some(Exception::GeneralProtection), (0, 0)));
     }
 
     #[test]
