@@ -16,9 +16,9 @@ use std::process::Command;
 use common::{Folder, cordon};
 use tpm::{Bank, BankHasher, Banks, Digests, HashAlg, LogWriter};
 
-const SHA1_17: &str = "80cf52d179c42bf589df65e23c08efbe13e7ef36";
+const SHA1_17: &str = "051c0b6e62ea11dca07954b85861e7970e25b530";
 const SHA1_18: &str = "9e66787693b50d8b5c973ef56dd9be77dcc5bb2e";
-const SHA256_17: &str = "9884908141bb8341e4402d549227acf4fffd5010a02124e668dc7e769519183c";
+const SHA256_17: &str = "21f3df0d285bb240e2c08cfdffeca2bce0d519ee8612fce8251e30ed0ac373e3";
 const SHA256_18: &str = "f99e02c4d70b59d026ce239c47adbd6c63c3dc00e0faec4d021abd34cf4aa88e";
 /// Without initrd, command line and configuration.
 const SHA256_18_BARE: &str = "8330adf04dae61a4e7a578fd2cc40b736642ae3ffa6126f5c935149854421448";
@@ -43,9 +43,10 @@ impl Files {
         let mut slb = [&[0x20, 0, 0, 0x10][..], b"CORDNSLB", &[0; 4]].concat();
         slb.resize(0x1000, b'S');
         files.put("slb", &slb);
-        let mut mle = b"CORDNMLE\x01\0\0\0\0\x01\0\0".to_vec();
+        let mut mle = b"CORDNMLE\x02\0\0\0\0\x01\0\0".to_vec();
         mle.extend(0x3000_u64.to_le_bytes());
         mle.extend((16_u64 << 20).to_le_bytes());
+        mle.extend(0x800_u32.to_le_bytes());
         mle.resize(0x3000, b'M');
         files.put("mle", &mle);
         let mut kernel = vec![0; 0x4000];
