@@ -13,7 +13,6 @@ use tpm::Digest;
 use tpm::log::EV_NO_ACTION;
 
 use crate::exposures::{Exposures, Sum, milliseconds, sums};
-use crate::source::STATUS;
 use crate::text::printable_lines;
 use crate::values::name;
 use crate::verify::{self, Evidence, Outcome, Sources, Verdict};
@@ -38,7 +37,7 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     let running = evidence.from_running_system;
     let status = match (&arguments.status, running) {
         (None, false) => None,
-        (file, _) => Some(arguments.sources.efivars.read_or(STATUS, file.as_deref())?),
+        (file, _) => Some(arguments.sources.efivars.status(file.as_deref())?),
     };
     let page = page(&evidence, &outcome, status.as_deref());
     std::fs::write(&arguments.html, page)

@@ -10,7 +10,7 @@ use firmware::service::Service;
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use crate::exposures::{self, Batch, Exposures, Sum, milliseconds, seconds, sums};
-use crate::source::{ATTRIBUTES, EXPOSURE, Efivars, STATUS, UNLOCK};
+use crate::source::{ATTRIBUTES, EXPOSURE, Efivars, UNLOCK};
 use crate::text::printable_lines;
 
 /// How often `--follow` looks.
@@ -27,7 +27,7 @@ pub struct StatusArguments {
 
 /// Prints what is in force.
 pub fn status(arguments: &StatusArguments) -> Result<()> {
-    let text = arguments.efivars.read_or(STATUS, arguments.file.as_deref())?;
+    let text = arguments.efivars.status(arguments.file.as_deref())?;
     println!("{}", printable_lines(&text).trim_end());
     Ok(())
 }

@@ -12,7 +12,7 @@ pub const DRTM_LOG: &str = "DrtmLog";
 /// The exposure log's variable.
 pub const EXPOSURE: &str = "Exposure";
 /// The variable with what is in force.
-pub const STATUS: &str = "Status";
+const STATUS: &str = "Status";
 /// The variable that takes a request to unlock.
 pub const UNLOCK: &str = "Unlock";
 
@@ -50,6 +50,13 @@ impl Efivars {
     /// A variable's content, or a file's.
     pub fn read_or(&self, name: &str, file: Option<&Path>) -> Result<Vec<u8>> {
         file.map_or_else(|| self.read(name), read)
+    }
+
+    /// What is in force, or what a file has of it, without the zeros that Cordon puts after the text.
+    pub fn status(&self, file: Option<&Path>) -> Result<Vec<u8>> {
+        let mut text = self.read_or(STATUS, file)?;
+        text.truncate(text.iter().rposition(|byte| *byte != 0).map_or(0, |last| last.saturating_add(1)));
+        Ok(text)
     }
 }
 

@@ -123,7 +123,7 @@ impl Guest {
     fn new(test: &str, mle: &Mle) -> Self {
         let guest = Self(Folder::new(test));
         guest.variable("Exposure", &mle.bytes());
-        guest.variable("Status", b"version: 0.1.0\nPCRs 17-19 hold the launch: yes\n\x1b[31m<b>\n");
+        guest.variable("Status", b"version: 0.1.0\nPCRs 17-19 hold the launch: yes\n\x1b[31m<b>\n\0\0\0");
         let mut buffer = vec![0; 0x1000];
         let mut log = LogWriter::create(&mut buffer, &banks()).unwrap();
         for (pcr, name) in

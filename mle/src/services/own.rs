@@ -9,6 +9,10 @@ use heapless::String;
 use crate::guest::pci;
 use crate::{dma, exposure, run};
 
+/// Bytes of the variables that are text, zeros after it: Linux asks for a variable's size first, and fails when it has grown
+/// before it reads it.
+const TEXT: usize = 4096;
+
 /// Contents of Cordon's own variables.
 pub(super) struct Own<'a> {
     pub(super) log: &'a [u8],
@@ -18,12 +22,13 @@ pub(super) struct Own<'a> {
 
 impl OwnVariables for Own<'_> {
     fn fill(&self, which: OwnVariable, out: &mut [u8]) -> usize {
-        let mut text = String::<4096>::new();
-        let content = match which {
-            OwnVariable::DrtmLog => self.log,
+        let mut text = String::<TEXT>::new();
+        match which {
+            OwnVariable::DrtmLog => return put(self.log, out),
+            OwnVariable::Exposure => return exposure::write_log(out),
             OwnVariable::Status => {
                 let c = self.sandbox.counters();
-                // 4096 bytes hold all of it.
+                // The room is enough for all of it.
                 let _ = writeln!(text, "{}sandbox: {:?}", self.status, self.sandbox.state());
                 let _ = writeln!(text, "calls: {}, exits {}, SMIs {}", c.calls, c.exits, c.smis);
                 let _ = writeln!(
@@ -40,18 +45,21 @@ impl OwnVariables for Own<'_> {
                 run::write_refusals(&mut text);
                 pci::write_dropped(&mut text);
                 dma::write_stopped(&mut text);
-                text.as_bytes()
             }
-            OwnVariable::Exits => {
-                run::write_counts(&mut text);
-                text.as_bytes()
-            }
-            OwnVariable::Exposure => return exposure::write_log(out),
-        };
-        let len = content.len().min(out.len());
-        if let (Some(to), Some(from)) = (out.get_mut(..len), content.get(..len)) {
-            to.copy_from_slice(from);
+            OwnVariable::Exits => run::write_counts(&mut text),
         }
-        len
+        let used = put(text.as_bytes(), out);
+        let size = TEXT.min(out.len());
+        out.get_mut(used..size).unwrap_or_default().fill(0);
+        size
     }
+}
+
+/// Copies as much of `content` as there is room for.
+fn put(content: &[u8], out: &mut [u8]) -> usize {
+    let len = content.len().min(out.len());
+    if let (Some(to), Some(from)) = (out.get_mut(..len), content.get(..len)) {
+        to.copy_from_slice(from);
+    }
+    len
 }
