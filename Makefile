@@ -28,6 +28,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@ (Ctrl-a x ends the machine, Ctrl-d in the shell turns it off). Variables:
 #@   GUEST_CMD='...'  run this shell script as root in the guest instead, print its output and end with its
 #@                    status (make itself turns any status but 0 into 2, and names it; `bench run` does not)
+#@   MACHINE=amd|intel  QEMU with SVM, or Bochs with VMX (amd); intel takes NATIVE=1 alone as yet, about 2 minutes a boot
 #@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
 #@   MEM=2048  SMP=2  RAM in MiB, CPUs
 #@   TPM=tis|crb      TPM interface (tis)
@@ -60,7 +61,7 @@ lint: setup ## Formatting and lints of the host code and of the images
 	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings; \
 	if grep -qx rustup build/toolchain; then \
 		$(CARGO) clippy --quiet -p mle --bins --target x86_64-unknown-none -- -D warnings; \
-		$(CARGO) clippy --quiet -p loader -p hostile --target x86_64-unknown-uefi -- -D warnings; \
+		$(CARGO) clippy --quiet -p loader -p hostile -p platform --target x86_64-unknown-uefi -- -D warnings; \
 	fi
 
 test: build lint ## Formatting, lints, host tests, then tests on whole machines

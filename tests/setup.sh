@@ -56,37 +56,41 @@ install_packages() {
 
 packages() {
     install_packages "the emulators and disk tools" "1 minute" \
-        qemu-system-x86 ovmf swtpm swtpm-tools mtools busybox-static efibootmgr tpm2-tools util-linux
+        qemu-system-x86 bochs bochs-sdl vgabios ovmf swtpm swtpm-tools mtools busybox-static efibootmgr tpm2-tools util-linux
 }
 
 # The distribution's own kernel, unpacked and not installed: the machine's boot files stay as they are.
+# kernel META FOLDER SIZE
 kernel() {
-    [ ! -e build/kernel/vmlinuz ] || return 0
-    package=$(apt-cache depends linux-image-amd64 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p')
+    meta=$1 folder=build/$2 size=$3
+    [ ! -e "$folder/vmlinuz" ] || return 0
+    newest() { apt-cache depends "$meta" 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p'; }
+    package=$(newest)
     if [ -z "$package" ]; then
         quietly build/apt.log as_root apt-get -q update || die "guest kernel: apt-get update failed, see build/apt.log"
-        package=$(apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-.*\)/\1/p')
-        [ -n "$package" ] || die "guest kernel: the package lists know no linux-image-amd64"
+        package=$(newest)
+        [ -n "$package" ] || die "guest kernel: the package lists know no $meta"
     fi
-    say "fetching the guest kernel $package (70 MB, about 1 minute)"
-    rm -rf build/kernel.new
-    mkdir -p build/kernel.new/deb build/kernel.new/modules
-    download() { (cd build/kernel.new/deb && apt-get -q -o APT::Sandbox::User=root download "$package"); }
+    say "fetching the guest kernel $package ($size, about 1 minute)"
+    rm -rf "$folder.new"
+    mkdir -p "$folder.new/deb" "$folder.new/modules"
+    download() { (cd "$folder.new/deb" && apt-get -q -o APT::Sandbox::User=root download "$package"); }
     if ! quietly build/apt.log download; then
         # A package list older than the archive names versions that are gone.
         quietly build/apt.log as_root apt-get -q update || die "guest kernel: apt-get update failed, see build/apt.log"
         quietly build/apt.log download || die "guest kernel: download of $package failed, see build/apt.log"
     fi
-    dpkg-deb --fsys-tarfile build/kernel.new/deb/*.deb | tar -x -C build/kernel.new/deb --wildcards \
+    # One of the two kernels lacks some of these folders.
+    dpkg-deb --fsys-tarfile "$folder.new"/deb/*.deb | tar -x -C "$folder.new/deb" --wildcards \
         './boot/vmlinuz-*' './lib/modules/*/kernel/arch/x86/kernel/*' './lib/modules/*/kernel/block/*' './lib/modules/*/kernel/crypto/*' \
         './lib/modules/*/kernel/drivers/ata/*' './lib/modules/*/kernel/drivers/firmware/*' \
         './lib/modules/*/kernel/drivers/scsi/*' './lib/modules/*/kernel/fs/efivarfs/*' \
         './lib/modules/*/kernel/fs/fat/*' './lib/modules/*/kernel/fs/nls/*' './lib/modules/*/kernel/lib/*' ||
         die "guest kernel: $package could not be unpacked"
-    mv build/kernel.new/deb/boot/vmlinuz-* build/kernel.new/vmlinuz
-    find build/kernel.new/deb/lib -name '*.ko' -exec mv {} build/kernel.new/modules/ \;
-    rm -rf build/kernel.new/deb build/kernel
-    mv build/kernel.new build/kernel
+    mv "$folder.new"/deb/boot/vmlinuz-* "$folder.new/vmlinuz"
+    find "$folder.new/deb/lib" -name '*.ko' -exec mv {} "$folder.new/modules/" \;
+    rm -rf "$folder.new/deb" "$folder"
+    mv "$folder.new" "$folder"
 }
 
 has_targets() {
@@ -136,5 +140,6 @@ rust() {
 }
 
 packages
-kernel
+kernel linux-image-amd64 kernel "70 MB"
+kernel linux-image-cloud-amd64 kernel-cloud "27 MB"
 rust

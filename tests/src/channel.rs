@@ -1,7 +1,6 @@
 //! The command channel: the host's end of the guest's second serial port. `guest/init` is the other end.
 
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -28,7 +27,7 @@ impl Output {
 
 /// The host's end.
 pub struct Channel {
-    stream: UnixStream,
+    port: Box<dyn Write + Send>,
     incoming: Receiver<Vec<u8>>,
     buffer: Vec<u8>,
     /// Bytes at the buffer's start that hold no start of what is looked for. Bytes come one by one, and
@@ -49,9 +48,8 @@ pub enum Wait<T> {
 
 impl Channel {
     /// Starts reading from a connected port.
-    pub fn new(stream: UnixStream) -> Result<Self> {
+    pub fn new(mut reader: impl Read + Send + 'static, port: impl Write + Send + 'static) -> Self {
         let (sender, incoming) = channel();
-        let mut reader = stream.try_clone()?;
         thread::spawn(move || {
             let mut chunk = [0; 16384];
             while let Ok(n @ 1..) = reader.read(&mut chunk) {
@@ -60,7 +58,7 @@ impl Channel {
                 }
             }
         });
-        Ok(Self { stream, incoming, buffer: Vec::new(), searched: 0 })
+        Self { port: Box::new(port), incoming, buffer: Vec::new(), searched: 0 }
     }
 
     /// Waits up to `time` for the guest's init. What firmware wrote to the port before is dropped.
@@ -78,8 +76,8 @@ impl Channel {
         let nonce = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
         let mark = format!("CORDON-BENCH-END-{nonce:x}");
         let header = format!("run {} {mark}\n", script.len());
-        self.stream.write_all(header.as_bytes()).context("command channel")?;
-        self.stream.write_all(script.as_bytes()).context("command channel")?;
+        self.port.write_all(header.as_bytes()).context("command channel")?;
+        self.port.write_all(script.as_bytes()).context("command channel")?;
         Ok(mark)
     }
 
@@ -107,12 +105,12 @@ impl Channel {
 
     /// Asks init for an interactive shell on the console.
     pub fn shell(&mut self) -> Result<()> {
-        self.stream.write_all(b"shell\n").context("command channel")
+        self.port.write_all(b"shell\n").context("command channel")
     }
 
     /// Asks init to turn the machine off.
     pub fn off(&mut self) -> Result<()> {
-        self.stream.write_all(b"off\n").context("command channel")
+        self.port.write_all(b"off\n").context("command channel")
     }
 
     /// Waits for `start` and the rest of its line; gives what came before it, and that rest.
@@ -147,12 +145,13 @@ impl Channel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     const SOON: Duration = Duration::from_secs(5);
 
     fn pair() -> (Channel, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (Channel::new(ours).unwrap(), theirs)
+        (Channel::new(ours.try_clone().unwrap(), ours), theirs)
     }
 
     #[test]

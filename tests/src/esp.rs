@@ -24,8 +24,8 @@ pub struct Item {
 pub enum Source {
     /// A file of the host.
     File(PathBuf),
-    /// This text.
-    Text(String),
+    /// These bytes.
+    Bytes(Vec<u8>),
 }
 
 /// The Boot Loader Specification entry that the loader reads.
@@ -59,7 +59,7 @@ pub fn build(to: &Path, items: &[Item]) -> Result<()> {
                 let path = fs::canonicalize(path).with_context(|| format!("{}", path.display()))?;
                 std::os::unix::fs::symlink(path, &host)?;
             }
-            Source::Text(text) => fs::write(&host, text)?,
+            Source::Bytes(bytes) => fs::write(&host, bytes)?,
         }
         size += fs::metadata(&host)?.len().next_multiple_of(MIB);
     }

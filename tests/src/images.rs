@@ -5,8 +5,10 @@ use std::process::Command;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
+use flate2::Compression;
 use sha2::{Digest, Sha256};
 
+use crate::machine::Board;
 use crate::{initrd, paths};
 
 /// Debian's compiler has no `core` for these targets built; it has the source.
@@ -31,23 +33,18 @@ struct Image {
 const IMAGES: [Image; 3] = [
     Image { target: "x86_64-unknown-none", package: "mle", binary: "slb", output: "slb", copy: paths::slb },
     Image { target: "x86_64-unknown-none", package: "mle", binary: "mle", output: "mle", copy: paths::mle },
-    Image {
-        target: "x86_64-unknown-uefi",
-        package: "loader",
-        binary: "loader",
-        output: "loader.efi",
-        copy: paths::loader,
-    },
+    uefi("loader", "loader.efi", paths::loader),
 ];
 
 /// Firmware's implant, which no user gets.
-const HOSTILE: [Image; 1] = [Image {
-    target: "x86_64-unknown-uefi",
-    package: "hostile",
-    binary: "hostile",
-    output: "hostile.efi",
-    copy: paths::hostile,
-}];
+const HOSTILE: [Image; 1] = [uefi("hostile", "hostile.efi", paths::hostile)];
+/// Firmware's part that Bochs' board lacks.
+const PLATFORM: [Image; 1] = [uefi("platform", "platform.efi", paths::platform)];
+
+/// A UEFI application with its package's name.
+const fn uefi(package: &'static str, output: &'static str, copy: fn() -> PathBuf) -> Image {
+    Image { target: "x86_64-unknown-uefi", package, binary: package, output, copy }
+}
 
 /// Builds Cordon's images into the build folder. Quiet when nothing changed.
 pub fn build() -> Result<()> {
@@ -87,6 +84,19 @@ fn target_dir() -> PathBuf {
 /// Builds the implant for hostile firmware into the build folder.
 pub fn build_hostile() -> Result<()> {
     build_all(&HOSTILE)
+}
+
+/// Builds all that a board's machine boots besides Cordon's images into the build folder.
+pub fn build_for(board: Board) -> Result<()> {
+    match board {
+        Board::Amd => build_initrd(),
+        Board::Intel => {
+            build_all(&PLATFORM)?;
+            // Unpacking takes an interpreter longer than reading does.
+            let to = paths::cloud_initrd();
+            build_initrd_of(&paths::cloud_modules(), &paths::cloud_kernel(), Compression::none(), &to)
+        }
+    }
 }
 
 fn build_all(images: &[Image]) -> Result<()> {
@@ -152,22 +162,24 @@ fn without_paths(target: &str, root: &Path) -> Result<String> {
 
 /// Builds the RAM disk, if it is not there or older than the bench.
 pub fn build_initrd() -> Result<()> {
+    build_initrd_of(&paths::modules(), &paths::kernel(), Compression::fast(), &paths::initrd())
+}
+
+fn build_initrd_of(modules: &Path, kernel: &Path, packing: Compression, to: &Path) -> Result<()> {
     if !paths::tool().exists() {
         build_tool()?;
     }
-    let to = paths::initrd();
     let changed = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
-    let fresh = match (changed(&to), env::current_exe().ok().and_then(|exe| changed(&exe))) {
+    let fresh = match (changed(to), env::current_exe().ok().and_then(|exe| changed(&exe))) {
         (Some(made), Some(bench)) => {
-            made > bench
-                && [paths::kernel(), paths::tool()].iter().all(|p| changed(p).is_some_and(|p| made > p))
+            made > bench && [kernel, &paths::tool()].iter().all(|p| changed(p).is_some_and(|p| made > p))
         }
         _ => false,
     };
     if fresh {
         return Ok(());
     }
-    initrd::build(Path::new("/usr/bin/busybox"), &paths::tool(), &paths::modules(), &to)
+    initrd::build(Path::new("/usr/bin/busybox"), &paths::tool(), modules, packing, to)
 }
 
 /// Prints size and SHA-256 of what a launch measures.

@@ -1,9 +1,11 @@
 //! The bench: emulated machines, the DRTM events they lack, attacks and benchmarks.
 
 pub mod attacks;
+pub mod bochs;
 pub mod channel;
 pub mod child;
 pub mod compare;
+pub mod emulator;
 pub mod esp;
 #[cfg(test)]
 mod fake_gdb;
@@ -14,6 +16,8 @@ pub mod machine;
 pub mod microcode;
 pub mod paths;
 pub mod probe;
+pub mod pty;
+pub mod qemu;
 pub mod qmp;
 pub mod run_dir;
 pub mod skinit;

@@ -2,23 +2,31 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
-use serde_json::json;
 
+use crate::bochs::{self, Bochs};
 use crate::channel::{Channel, Output, Wait};
-use crate::child::{self, Guarded};
+use crate::emulator::Emulator;
 use crate::esp::{self, Item, Source};
-use crate::gdb::Gdb;
 use crate::paths;
-use crate::qmp::Qmp;
+use crate::qemu::Qemu;
 use crate::run_dir::RunDir;
 use crate::skinit::{Fault, Player};
 use crate::stage::{self, Stage};
 use crate::swtpm::Swtpm;
+
+/// The board, with its CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Board {
+    /// QEMU: SVM, AMD-Vi, SKINIT.
+    Amd,
+    /// Bochs: VMX.
+    Intel,
+}
 
 /// How the firmware keeps its variables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -59,6 +67,8 @@ pub enum Console {
 /// All that distinguishes one machine from another.
 #[derive(Clone, Debug)]
 pub struct Spec {
+    /// The board.
+    pub board: Board,
     /// What boots.
     pub boot: Boot,
     /// RAM in MiB.
@@ -105,6 +115,7 @@ pub struct Spec {
 impl Default for Spec {
     fn default() -> Self {
         Self {
+            board: Board::Amd,
             boot: Boot::Cordon,
             memory: 2048,
             cpus: 2,
@@ -130,28 +141,44 @@ impl Default for Spec {
 }
 
 impl Spec {
+    /// The machine of one board, with the kernel and the RAM disk that fit it.
+    pub fn on(board: Board) -> Self {
+        let (kernel, initrd) = paths::kernel_of(board);
+        Self { board, kernel, initrd, ..Self::default() }
+    }
+
     /// The whole kernel command line.
     pub fn full_cmdline(&self) -> String {
-        format!("console=ttyS0 {}", self.cmdline).trim_end().to_owned()
+        // What Bochs emulates is slow: the kernel's tests of its ciphers would take half a minute.
+        let slow = if self.board == Board::Intel { " cryptomgr.notests no_timer_check" } else { "" };
+        format!("console=ttyS0{slow} {}", self.cmdline).trim_end().to_owned()
     }
 
     fn disk(&self) -> Vec<Item> {
         let file = |path, source| Item { path, source: Source::File(source) };
+        let text = |path, text| Item { path, source: Source::Bytes(String::into_bytes(text)) };
         let mut items = vec![file("vmlinuz", self.kernel.clone()), file("initrd.img", self.initrd.clone())];
         let mut first = "EFI/BOOT/BOOTX64.EFI";
-        if self.hostile {
-            items.push(file(first, paths::hostile()));
+        let before = match self.board {
+            Board::Intel => Some(paths::platform()),
+            Board::Amd => self.hostile.then(paths::hostile),
+        };
+        if let Some(before) = before {
+            items.push(file(first, before));
             first = "next.efi";
             let mut options = String::new();
             if self.boot == Boot::Native {
                 items.push(file(first, self.kernel.clone()));
                 options = format!("initrd=\\initrd.img {}", self.full_cmdline());
             }
-            items.push(Item { path: "next.txt", source: Source::Text(options) });
+            items.push(text("next.txt", options));
+        }
+        if self.board == Board::Intel {
+            items.push(Item { path: "acpi.bin", source: Source::Bytes(bochs::acpi::tables(self.cpus)) });
         }
         if self.boot == Boot::Cordon {
             let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), self.tpm == Tpm::Crb);
-            items.push(Item { path: "loader/entries/cordon.conf", source: Source::Text(entry) });
+            items.push(text("loader/entries/cordon.conf", entry));
             items.push(file(first, paths::loader()));
             items.push(file("cordon/slb.bin", self.slb.clone()));
             items.push(file("cordon/mle.bin", self.mle.clone()));
@@ -159,68 +186,15 @@ impl Spec {
         }
         items
     }
-
-    fn qemu_arguments(&self) -> Vec<String> {
-        let (smm, code) = match self.firmware {
-            Firmware::Smm => ("on", "OVMF_CODE_4M.secboot.fd"),
-            Firmware::Plain => ("off", "OVMF_CODE_4M.fd"),
-        };
-        let model = match self.tpm {
-            Tpm::Tis => "tpm-tis",
-            Tpm::Crb => "tpm-crb",
-        };
-        let (memory, cpus) = (self.memory, self.cpus);
-        // QEMU's order takes the place of the firmware's own, which variables that are kept are there for.
-        let order = if self.variables.is_none() { ",bootindex=1" } else { "" };
-        // No interrupt remapping: QEMU 7.2 gives an interrupt that a device table entry lets pass as it is (IntCtl 01) the
-        // vector 0. Without it the IVRS lists no I/O APIC, and Cordon leaves the interrupt fields alone.
-        let mut text = format!(
-            "-name cordon-bench -nodefaults -display none
-             -machine q35,smm={smm} -accel tcg,thread=multi -cpu EPYC,+svm,+npt -smp {cpus} -m {memory}
-             -drive if=pflash,unit=0,format=raw,readonly=on,file=/usr/share/OVMF/{code}
-             -drive if=pflash,unit=1,format=raw,file=vars.fd
-             -global driver=cfi.pflash01,property=secure,value={smm}
-             -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm0,chardev=tpm
-             -device {model},tpmdev=tpm0
-             -device amd-iommu,intremap=off
-             -drive if=none,id=esp,format=raw,file=esp.img -device ide-hd,drive=esp,bus=ide.0{order}
-             -serial chardev:console
-             -chardev socket,id=channel,path=channel.sock,server=on,wait=off -serial chardev:channel
-             -qmp unix:qmp.sock,server=on,wait=off
-             -d cpu_reset -D cpu.log
-             -S -gdb unix:gdb.sock,server=on,wait=off "
-        );
-        text.push_str(match self.console {
-            Console::Log => "-chardev file,id=console,path=console.log ",
-            Console::Terminal => {
-                "-chardev stdio,id=console,mux=on,signal=off,logfile=console.log -mon chardev=console "
-            }
-        });
-        if !self.reboot {
-            text.push_str("-action reboot=shutdown ");
-        }
-        let mut arguments: Vec<_> = text.split_whitespace().map(str::to_owned).collect();
-        if self.boot == Boot::Native && !self.hostile {
-            arguments.push("-kernel".to_owned());
-            arguments.push(paths::absolute(&self.kernel));
-            arguments.push("-initrd".to_owned());
-            arguments.push(paths::absolute(&self.initrd));
-            arguments.push("-append".to_owned());
-            arguments.push(self.full_cmdline());
-        }
-        arguments.extend(self.qemu_args.iter().cloned());
-        arguments
-    }
 }
 
 /// A machine that runs. Dropping it ends it.
 pub struct Machine {
-    qemu: Guarded,
+    emulator: Box<dyn Emulator>,
     _tpm: Swtpm,
-    qmp: Qmp,
     channel: Channel,
     player: Option<Player>,
-    dir: RunDir,
+    dir: Arc<RunDir>,
     started: Instant,
     timeout: Duration,
     progress: bool,
@@ -231,42 +205,35 @@ pub struct Machine {
 impl Machine {
     /// Puts the machine together and turns it on.
     pub fn start(spec: &Spec) -> Result<Self> {
-        let dir = RunDir::create(&paths::build())?;
+        let dir = Arc::new(RunDir::create(&paths::build())?);
         let fresh = Path::new("/usr/share/OVMF/OVMF_VARS_4M.fd");
         let variables = spec.variables.as_deref().unwrap_or(fresh);
         fs::copy(variables, dir.file("vars.fd"))
             .with_context(|| format!("{}: is ovmf installed?", variables.display()))?;
         esp::build(&dir.file("esp.img"), &spec.disk())?;
         let tpm = Swtpm::start(&dir, &spec.banks)?;
-        let mut command = child::command("qemu-system-x86_64");
-        command.current_dir(dir.path()).args(spec.qemu_arguments());
-        if spec.console == Console::Log {
-            command.stdin(Stdio::null()).stdout(Stdio::null());
-        }
-        let mut qemu = Guarded::spawn("qemu-system-x86_64", command, &dir.file("qemu.log"))?;
-        let mut connect = |name: &str| {
-            dir.connect(name).map_err(|e| match qemu.ended() {
-                Ok(Some(status)) => e.context(format!(
-                    "QEMU did not start ({status}): {}",
-                    fs::read_to_string(dir.file("qemu.log")).unwrap_or_default().trim()
-                )),
-                _ => e,
-            })
-        };
-        let channel = Channel::new(connect("channel.sock")?)?;
-        let mut qmp = Qmp::new(connect("qmp.sock")?)?;
-        let player = match spec.boot {
-            Boot::Cordon => {
-                Some(Player::start(connect("gdb.sock")?, tpm.control(), spec.fault, dir.file("drtm.log"))?)
+        let mut player = None;
+        let (emulator, channel): (Box<dyn Emulator>, _) = match spec.board {
+            Board::Amd => {
+                let (mut qemu, channel) = Qemu::start(Arc::clone(&dir), spec)?;
+                match spec.boot {
+                    Boot::Cordon => {
+                        let (gdb, log) = (dir.connect("gdb.sock")?, dir.file("drtm.log"));
+                        player = Some(Player::start(gdb, tpm.control(), spec.fault, log)?);
+                    }
+                    Boot::Native => qemu.go()?,
+                }
+                (Box::new(qemu), channel)
             }
-            Boot::Native => {
-                qmp.execute("cont")?;
-                None
+            Board::Intel => {
+                ensure!(spec.boot == Boot::Native, "no SENTER on the Intel machine yet: NATIVE=1");
+                let (bochs, channel) = Bochs::start(&dir, spec)?;
+                (Box::new(bochs), channel)
             }
         };
         let (timeout, progress) = (spec.timeout, spec.progress);
         let (started, stages) = (Instant::now(), vec![(Stage::Off, Duration::ZERO)]);
-        Ok(Self { qemu, _tpm: tpm, qmp, channel, player, dir, started, timeout, progress, stages })
+        Ok(Self { emulator, _tpm: tpm, channel, player, dir, started, timeout, progress, stages })
     }
 
     /// The run's folder.
@@ -388,26 +355,12 @@ impl Machine {
 
     /// Physical memory as the machine itself has it, past all its protections.
     pub fn memory(&mut self, at: u64, length: usize) -> Result<Vec<u8>> {
-        let file = self.dir.file("memory");
-        // Not the file of an earlier call.
-        let _ = fs::remove_file(&file);
-        let arguments = json!({ "val": at, "size": length, "filename": "memory" });
-        self.qmp.execute_with("pmemsave", &arguments)?;
-        let end = Instant::now() + Duration::from_secs(10);
-        loop {
-            match fs::read(&file) {
-                Ok(bytes) if bytes.len() == length => return Ok(bytes),
-                _ => self.check_alive::<()>("the memory's content", &Wait::Pending, end)?,
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        self.emulator.memory(at, length)
     }
 
     /// Changes physical memory past all protections, as SMM can. The machine stands still meanwhile.
     pub fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        let mut gdb = Gdb::new(self.dir.connect("gdb.sock")?)?;
-        gdb.write_physical(at, bytes)?;
-        gdb.detach()
+        self.emulator.write_memory(at, bytes)
     }
 
     /// Output of a command that has not ended.
@@ -417,12 +370,11 @@ impl Machine {
 
     fn check_alive<T>(&mut self, what: &str, wait: &Wait<T>, end: Instant) -> Result<()> {
         self.look()?;
-        if matches!(wait, Wait::Closed) || self.qemu.ended()?.is_some() {
-            let status = self.qemu.wait(Duration::from_secs(5))?;
+        if matches!(wait, Wait::Closed) || self.emulator.ended()?.is_some() {
+            let status = self.emulator.wait(Duration::from_secs(5))?;
             let status = status.map_or_else(|| "still running".to_owned(), |s| s.to_string());
-            let reason = self.qmp.last_end().unwrap_or_else(|| format!("QEMU: {status}"));
-            let cpu = fs::read_to_string(self.dir.file("cpu.log")).unwrap_or_default();
-            let fault = if cpu.contains("Triple fault") { ", triple fault" } else { "" };
+            let reason = self.emulator.last_end().unwrap_or_else(|| format!("emulator: {status}"));
+            let fault = if self.emulator.triple_fault() { ", triple fault" } else { "" };
             bail!("the machine ended ({reason}{fault}) before {what}");
         }
         if Instant::now() > end {
@@ -433,7 +385,7 @@ impl Machine {
 
     /// Leaves the console to the user until the machine ends. A RAM disk without the bench's init is fine too.
     pub fn interact(&mut self) -> Result<()> {
-        while self.qemu.ended()?.is_none() {
+        while self.emulator.ended()?.is_none() {
             // Where nothing boots the user has the firmware's shell.
             let _ = self.look();
             if self.stage() == Stage::Init {
@@ -444,7 +396,7 @@ impl Machine {
             }
         }
         self.look()?;
-        let reason = self.qmp.last_end().unwrap_or_default();
+        let reason = self.emulator.last_end().unwrap_or_default();
         ensure!(reason != "guest-reset", "the machine was reset");
         Ok(())
     }
@@ -464,9 +416,9 @@ impl Machine {
 
     /// Waits for the machine's end, which must have QEMU's `expected` reason.
     fn ends_by(mut self, expected: &str) -> Result<()> {
-        let ended = self.qemu.wait(Duration::from_secs(60))?;
+        let ended = self.emulator.wait(Duration::from_secs(60))?;
         ensure!(ended.is_some(), "the machine did not end ({expected}) within 60 s");
-        let reason = self.qmp.last_end().unwrap_or_default();
+        let reason = self.emulator.last_end().unwrap_or_default();
         ensure!(reason == expected, "the machine ended by {reason:?} instead of {expected:?}");
         // Large, and easy to make again.
         fs::remove_file(self.dir.file("esp.img"))?;
@@ -481,9 +433,6 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // QEMU gives the terminal back as it was only when it may end itself.
-        if self.qmp.execute("quit").is_ok() {
-            let _ = self.qemu.wait(Duration::from_secs(2));
-        }
+        self.emulator.quit();
     }
 }

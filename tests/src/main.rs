@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tests::machine::{Boot, Console, Firmware, Machine, Spec, Tpm};
+use tests::machine::{Board, Boot, Console, Firmware, Machine, Spec, Tpm};
 use tests::skinit::Fault;
-use tests::{attacks, compare, images, paths};
+use tests::{attacks, compare, images};
 
 #[derive(Parser)]
 #[command(about = "Builds Cordon's images and runs them in emulated machines")]
@@ -50,6 +50,9 @@ struct Run {
     /// Shell script to run as root in the guest; its output and exit status become the bench's.
     #[arg(long, env = "GUEST_CMD", hide_env_values = true)]
     guest_cmd: Option<String>,
+    /// The board.
+    #[arg(long, env = "MACHINE", value_enum, default_value_t = Board::Amd)]
+    machine: Board,
     /// RAM, MiB.
     #[arg(long, env = "MEM", default_value_t = 2048)]
     memory: u32,
@@ -105,15 +108,17 @@ enum Log {
 impl Run {
     fn spec(&self) -> Spec {
         let command = self.command();
+        let fitting = Spec::on(self.machine);
         Spec {
+            board: self.machine,
             boot: if self.native == 1 { Boot::Native } else { Boot::Cordon },
             memory: self.memory,
             cpus: self.cpus,
             firmware: self.firmware,
             tpm: self.tpm,
             banks: self.banks.clone(),
-            kernel: self.kernel.clone().unwrap_or_else(paths::kernel),
-            initrd: self.initrd.clone().unwrap_or_else(paths::initrd),
+            kernel: self.kernel.clone().unwrap_or(fitting.kernel),
+            initrd: self.initrd.clone().unwrap_or(fitting.initrd),
             cmdline: self.cmdline.clone(),
             config: self.config.clone(),
             console: if command.is_some() { Console::Log } else { Console::Terminal },
@@ -133,7 +138,7 @@ impl Run {
     }
 
     fn run(&self) -> Result<ExitCode> {
-        images::build_initrd()?;
+        images::build_for(self.machine)?;
         let mut machine = Machine::start(&self.spec())?;
         let result = match self.command() {
             None => machine.interact().map(|()| None),
@@ -161,7 +166,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Action::Build => images::build().map(|()| ExitCode::SUCCESS),
         Action::Measure => images::measure().map(|()| ExitCode::SUCCESS),
-        Action::Bench(bench) => images::build_initrd()
+        Action::Bench(bench) => images::build_for(bench.machine.machine)
             .and_then(|()| {
                 compare::compare(&Spec { console: Console::Log, ..bench.machine.spec() }, bench.runs)
             })

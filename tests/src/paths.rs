@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::machine::Board;
+
 /// The source tree.
 pub fn root() -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -23,6 +25,29 @@ pub fn modules() -> PathBuf {
     build().join("kernel/modules")
 }
 
+/// The distribution's kernel for machines in the cloud: the same sources with fewer drivers, packed so that it unpacks fast.
+pub fn cloud_kernel() -> PathBuf {
+    build().join("kernel-cloud/vmlinuz")
+}
+
+/// That kernel's modules.
+pub fn cloud_modules() -> PathBuf {
+    build().join("kernel-cloud/modules")
+}
+
+/// The bench's RAM disk with that kernel's modules.
+pub fn cloud_initrd() -> PathBuf {
+    build().join("initrd-cloud.img")
+}
+
+/// Kernel and RAM disk that a board's machine boots: an emulator that interprets takes three minutes to unpack the other one.
+pub fn kernel_of(board: Board) -> (PathBuf, PathBuf) {
+    match board {
+        Board::Amd => (kernel(), initrd()),
+        Board::Intel => (cloud_kernel(), cloud_initrd()),
+    }
+}
+
 /// The bench's RAM disk.
 pub fn initrd() -> PathBuf {
     build().join("initrd.img")
@@ -36,6 +61,11 @@ pub fn tool() -> PathBuf {
 /// The loader, a UEFI application.
 pub fn loader() -> PathBuf {
     build().join("loader.efi")
+}
+
+/// The part of a board's firmware that Bochs' lacks.
+pub fn platform() -> PathBuf {
+    build().join("platform.efi")
 }
 
 /// Firmware's implant, for tests.

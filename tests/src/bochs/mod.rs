@@ -1,0 +1,190 @@
+//! Bochs: the emulator that has VMX.
+//!
+//! It is driven through its debugger: `debugger.rs`. Serial ports lead to a file and to pseudo-terminals.
+
+pub mod acpi;
+pub mod debugger;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::channel::Channel;
+use crate::child::{self, Guarded};
+use crate::emulator::Emulator;
+use crate::machine::{Console, Spec};
+use crate::pty::{self, Pty, RawTerminal};
+use crate::run_dir::RunDir;
+use debugger::{Debugger, Stop};
+
+/// OVMF with its variable store, which Bochs keeps for one run only.
+const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
+/// Guest memory that is there whatever the board has: the windows of TXT and TPM below 4 GiB are RAM only when all below
+/// 4 GiB is. The firmware finds 3 GiB of it.
+const MEMORY: u32 = 4096;
+/// How long a request may take.
+const REQUEST_TIME: Duration = Duration::from_secs(60);
+
+/// A machine's configuration. Arrandale has VMX with unrestricted guests, and SMX. Few instructions per emulated second make
+/// all that waits for time to pass short.
+fn configuration(spec: &Spec, console: &str, channel: &str) -> String {
+    let Spec { memory, cpus, .. } = spec;
+    format!(
+        "memory: guest={MEMORY}, host={memory}
+cpu: model=corei5_arrandale_m520, count={cpus}, ips=10000000, reset_on_triple_fault=0
+romimage: file={FIRMWARE}
+vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
+display_library: sdl2
+ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14
+ata0-master: type=disk, path=esp.img, mode=flat
+boot: disk
+log: bochs.log
+panic: action=report
+error: action=report
+info: action=report, cpu0=ignore, cpu1=ignore
+debug: action=ignore
+com1: enabled=1, {console}
+com2: enabled=1, mode=term, dev={channel}
+sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
+"
+    )
+}
+
+enum Request {
+    Read { at: u64, length: usize, reply: Sender<Result<Vec<u8>>> },
+    Write { at: u64, bytes: Vec<u8>, reply: Sender<Result<()>> },
+}
+
+/// A Bochs process and the thread that talks to its debugger.
+pub struct Bochs {
+    process: Guarded,
+    requests: Sender<Request>,
+    log: PathBuf,
+    _terminal: Option<RawTerminal>,
+}
+
+impl Bochs {
+    /// Starts a machine whose disk image is in `dir`. Gives also the command channel.
+    pub fn start(dir: &RunDir, spec: &Spec) -> Result<(Self, Channel)> {
+        let link = Pty::open()?;
+        let (console, terminal) = match spec.console {
+            Console::Log => ("mode=file, dev=console.log".to_owned(), None),
+            Console::Terminal => {
+                let pty = Pty::open()?;
+                let device = format!("mode=term, dev={}", pty.path.display());
+                (device, Some(pty))
+            }
+        };
+        let configuration = configuration(spec, &console, &link.path.to_string_lossy());
+        fs::write(dir.file("bochs.txt"), configuration)?;
+        let mut command = child::command("bochs-bin");
+        command.current_dir(dir.path()).args(["-q", "-f", "bochs.txt"]);
+        command.env("SDL_VIDEODRIVER", "dummy").env("SDL_AUDIODRIVER", "dummy");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = Guarded::spawn("bochs-bin", command, &dir.file("bochs.err"))?;
+        let (input, output) = process.pipes().context("Bochs without pipes")?;
+        let debugger = Debugger::new(input, output, File::create(dir.file("debugger.log"))?);
+        let debugger = debugger.with_context(|| {
+            let said = fs::read_to_string(dir.file("bochs.err")).unwrap_or_default();
+            format!("starting Bochs: {}", said.trim())
+        })?;
+        let (requests, receiver) = channel();
+        let pid = process.id();
+        thread::spawn(move || drive(debugger, &receiver));
+        let channel = Channel::new(link.host.try_clone()?, link);
+        let _terminal = terminal.map(|pty| attach(pty, dir.file("console.log"), pid)).transpose()?.flatten();
+        Ok((Self { process, requests, log: dir.file("bochs.log"), _terminal }, channel))
+    }
+
+    fn request<T>(&mut self, make: impl FnOnce(Sender<Result<T>>) -> Request) -> Result<T> {
+        let (sender, receiver) = channel();
+        self.requests.send(make(sender)).ok().context("Bochs' debugger is gone")?;
+        interrupt(self.process.id())?;
+        receiver.recv_timeout(REQUEST_TIME).context("Bochs' debugger does not answer")?
+    }
+}
+
+fn interrupt(pid: u32) -> Result<()> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("Bochs' process")?;
+    kill_process(pid, Signal::INT).context("interrupting Bochs")
+}
+
+/// Has the user's terminal and the console's log lead to the port.
+fn attach(pty: Pty, log: PathBuf, pid: u32) -> Result<Option<RawTerminal>> {
+    let terminal = RawTerminal::enter();
+    let mut output = pty.host.try_clone()?;
+    let keys = pty.host.try_clone()?;
+    let mut log = File::create(log)?;
+    thread::spawn(move || {
+        // Held until the end: closed, the other end would be too.
+        let _pty = pty;
+        let mut chunk = [0; 4096];
+        while let Ok(n @ 1..) = output.read(&mut chunk) {
+            let mut screen = std::io::stdout().lock();
+            let _ = screen.write_all(&chunk[..n]).and_then(|()| screen.flush());
+            let _ = log.write_all(&chunk[..n]);
+        }
+    });
+    thread::spawn(move || {
+        pty::forward_keys(std::io::stdin(), keys);
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let _ = pid.map(|pid| kill_process(pid, Signal::TERM));
+    });
+    Ok(terminal)
+}
+
+/// Lets the machine run and serves requests, until it ends.
+fn drive(mut debugger: Debugger, requests: &Receiver<Request>) -> Result<()> {
+    loop {
+        while let Ok(request) = requests.try_recv() {
+            // Who asked may have given up.
+            match request {
+                Request::Read { at, length, reply } => drop(reply.send(debugger.read(at, length))),
+                Request::Write { at, bytes, reply } => drop(reply.send(debugger.write(at, &bytes))),
+            }
+        }
+        if debugger.run()? == Stop::Exited {
+            return Ok(());
+        }
+    }
+}
+
+impl Emulator for Bochs {
+    fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.process.ended()
+    }
+
+    fn wait(&mut self, time: Duration) -> Result<Option<ExitStatus>> {
+        self.process.wait(time)
+    }
+
+    fn last_end(&self) -> Option<String> {
+        let log = fs::read(&self.log).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        log.contains("soft power off").then(|| "guest-shutdown".to_owned())
+    }
+
+    fn triple_fault(&self) -> bool {
+        let log = fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(&log).contains("exception with no resolution")
+    }
+
+    fn memory(&mut self, at: u64, length: usize) -> Result<Vec<u8>> {
+        self.request(|reply| Request::Read { at, length, reply })
+    }
+
+    fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.request(|reply| Request::Write { at, bytes: bytes.to_vec(), reply })
+    }
+
+    fn quit(&mut self) {
+        self.process.kill();
+    }
+}

@@ -1,0 +1,30 @@
+//! What a machine needs of the program that it runs in.
+
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::Result;
+
+/// A running emulator. Dropping it ends it.
+pub trait Emulator {
+    /// How it ended, if it has.
+    fn ended(&mut self) -> Result<Option<ExitStatus>>;
+
+    /// Waits up to `time` for its end.
+    fn wait(&mut self, time: Duration) -> Result<Option<ExitStatus>>;
+
+    /// Why the machine was last reset or turned off, in QEMU's words.
+    fn last_end(&self) -> Option<String>;
+
+    /// Whether a CPU gave up.
+    fn triple_fault(&self) -> bool;
+
+    /// Physical memory, past all that protects it.
+    fn memory(&mut self, at: u64, length: usize) -> Result<Vec<u8>>;
+
+    /// Changes physical memory past all that protects it, while the machine stands still.
+    fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Ends it, in order if that can be had.
+    fn quit(&mut self);
+}
