@@ -10,5 +10,6 @@ pub mod caps;
 pub mod defs;
 pub mod insn;
 pub mod maps;
+pub mod txt;
 pub mod vcpu;
 pub mod vmcs;
