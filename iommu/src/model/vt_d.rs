@@ -15,6 +15,8 @@ pub enum Defect {
     QueueRefuses,
     /// Its global status never changes.
     StatusStuck,
+    /// It knows no interrupts of compatibility format beside remapping.
+    NoCompatible,
     /// Protected memory is never reported as protected.
     RegionsStuck,
     /// Writes to this register are lost.
@@ -251,6 +253,9 @@ impl Unit {
             self.registers.insert(0x80, 0);
         }
         self.status = value & !ONCE | self.status & ONCE;
+        if self.defect == Some(Defect::NoCompatible) {
+            self.status &= !COMPATIBLE;
+        }
         if value & 1 << 30 != 0 {
             self.root = self.register(0x20);
             self.status |= 1 << 30;

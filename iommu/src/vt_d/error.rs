@@ -15,6 +15,8 @@ pub enum Need {
     Levels,
     /// ECAP.IR: interrupt remapping.
     Interrupts,
+    /// GCMD.CFI: interrupts of compatibility format beside remapping (QEMU's unit lets them pass and knows no such bit).
+    Compatible,
     /// CAP.PLMR: a protected region below 4 GiB.
     LowRegion,
     /// CAP.PHMR: a protected region above 4 GiB.

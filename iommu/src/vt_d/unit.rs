@@ -267,10 +267,13 @@ impl<W: Mmio> Unit<W> {
     pub fn set_interrupts<P: Machine>(&self, platform: &P, wanted: u32) -> Result<(), Error> {
         // Compatibility format goes first when it goes, so that remapping is never on with more than wanted.
         let wanted = self.possible(wanted);
-        for bit in [global::COMPATIBLE, global::INTERRUPTS] {
-            self.switch(platform, bit, wanted & bit != 0)?;
-        }
-        Ok(())
+        let lacks = Error::Lacks { base: self.base, need: Need::Compatible };
+        let compatible = wanted & global::COMPATIBLE;
+        self.switch(platform, global::COMPATIBLE, compatible != 0).map_err(|error| match error {
+            Error::Timeout { .. } if compatible != 0 => lacks,
+            other => other,
+        })?;
+        self.switch(platform, global::INTERRUPTS, wanted & global::INTERRUPTS != 0)
     }
 
     /// Of the bits about interrupts, those that the unit knows.

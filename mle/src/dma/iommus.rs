@@ -9,7 +9,7 @@ use iommu::amd_vi::{self, AmdVi, Root};
 use iommu::dmar::Dmar;
 use iommu::fault::{Drained, Fault};
 use iommu::ivrs::Ivrs;
-use iommu::vt_d::{self, Protection, VtD};
+use iommu::vt_d::{self, Need, Protection, VtD};
 use iommu::{DmaArea, Platform};
 
 /// Bytes of an AMD IOMMU's registers that are used.
@@ -188,13 +188,18 @@ impl<W: Mmio> Iommus<W> {
                 if let Some(pages) = pages.filter(|_| !all.common().coherent) {
                     platform.write_back(pages);
                 }
-                let (interrupts, left) = if all.common().interrupts {
-                    (vt_d::Interrupts::Compatible, Left::Compatible)
-                } else {
-                    (vt_d::Interrupts::Unchecked, Left::Unchecked)
+                let wanted = match all.common().interrupts {
+                    true => vt_d::Interrupts::Compatible,
+                    false => vt_d::Interrupts::Unchecked,
                 };
-                all.open_guest(platform, tables, pool, closed, interrupts)?;
-                Ok(left)
+                let mut open = |interrupts| {
+                    all.open_guest(platform, tables, pool, closed, interrupts).map(|()| interrupts)
+                };
+                let opened = open(wanted).or_else(|error| match error {
+                    vt_d::Error::Lacks { need: Need::Compatible, .. } => open(vt_d::Interrupts::Unchecked),
+                    other => Err(other),
+                })?;
+                Ok(if opened == vt_d::Interrupts::Compatible { Left::Compatible } else { Left::Unchecked })
             }
         }
     }
@@ -243,7 +248,7 @@ mod tests {
     use hv::io::PhysMem;
     use hv::radix::{MemoryType, Rights};
     use iommu::fault::Access;
-    use iommu::model::vt_d::{Features, Unit};
+    use iommu::model::vt_d::{Defect, Features, Unit};
     use iommu::model::{Machine, Table, Window, dmar};
 
     use super::*;
@@ -333,6 +338,11 @@ mod tests {
             assert_eq!((unguarded, left), (0, Left::Compatible));
             assert!(machine.dma_write(DEVICE, 0xfee0_0000, &SMI), "what is on record as open");
         }
+        // A unit that can't have both formats, as QEMU's, and one that can't remap.
+        let (machine, dmar) = vt_d(Features::full());
+        protect(&machine);
+        machine.with_vt_d(0, |unit| unit.defect = Some(Defect::NoCompatible));
+        assert_eq!(run(&machine, Listed::Dmar(&dmar, Protection::InForce)).2, Left::Unchecked);
         let (machine, dmar) = vt_d(Features { interrupts: false, ..Features::full() });
         protect(&machine);
         assert_eq!(run(&machine, Listed::Dmar(&dmar, Protection::InForce)).2, Left::Unchecked);
