@@ -5,19 +5,28 @@
 
 use core::arch::asm;
 
-/// GETSEC with the leaf `function` and EBX = `argument`. In one place, in the first page of the image.
+/// GETSEC with the leaf `function` and EBX = `argument`.
 ///
 /// # Safety
 /// CPL 0, outside VMX non-root operation; the leaf's own conditions.
+pub unsafe fn getsec(function: u32, argument: u32) {
+    const SMXE: u64 = 1 << 14;
+    // To set it is an error where CPUID does not offer SMX. Where that is only hidden, GETSEC will say so.
+    let offered = raw_cpuid::CpuId::new().get_feature_info().is_some_and(|f| f.has_smx());
+    // SAFETY: the caller's promise; the CPU has the bit.
+    unsafe { execute(function, argument, if offered { SMXE } else { 0 }) }
+}
+
+/// The one place that executes GETSEC, in the first page of the image; with `cr4` set in CR4.
 #[cfg(target_os = "none")]
 #[unsafe(naked)]
 #[unsafe(link_section = ".mle.entry")]
-pub unsafe extern "sysv64" fn getsec(function: u32, argument: u32) {
+unsafe extern "sysv64" fn execute(function: u32, argument: u32, cr4: u64) {
     core::arch::naked_asm!(
         "push rbx",
-        "mov rdx, cr4",
-        "or rdx, 1 << 14", // SMXE
-        "mov cr4, rdx",
+        "mov rax, cr4",
+        "or rax, rdx",
+        "mov cr4, rax",
         "mov eax, edi",
         "mov ebx, esi",
         "xor ecx, ecx",
@@ -29,11 +38,8 @@ pub unsafe extern "sysv64" fn getsec(function: u32, argument: u32) {
 }
 
 /// On the host there is no GETSEC.
-///
-/// # Safety
-/// Not to be called.
 #[cfg(not(target_os = "none"))]
-pub unsafe extern "sysv64" fn getsec(_: u32, _: u32) {
+unsafe fn execute(_: u32, _: u32, _: u64) {
     unreachable!("GETSEC on the host")
 }
 
