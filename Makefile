@@ -60,13 +60,14 @@ lint: setup ## Formatting and lints of the host code and of the images
 	$(CARGO) fmt --all --check; \
 	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings; \
 	if grep -qx rustup build/toolchain; then \
-		$(CARGO) clippy --quiet -p mle --bins --target x86_64-unknown-none -- -D warnings; \
+		$(CARGO) clippy --quiet -p mle -p bare --bins --target x86_64-unknown-none -- -D warnings; \
 		$(CARGO) clippy --quiet -p loader -p hostile -p platform --target x86_64-unknown-uefi -- -D warnings; \
 	fi
 
 test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test --workspace
 	$(CARGO) test -p tests --test builds
+	$(CARGO) test -p tests --test vmx
 	$(CARGO) test -p tests --test machine -- --test-threads=2
 	$(CARGO) test -p tests --test services -- --test-threads=2
 	$(BENCH) attacks

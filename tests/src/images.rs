@@ -46,6 +46,15 @@ const fn uefi(package: &'static str, output: &'static str, copy: fn() -> PathBuf
     Image { target: "x86_64-unknown-uefi", package, binary: package, output, copy }
 }
 
+/// The machine's program that runs a guest by the MLE's back end.
+const BARE: [Image; 1] = [Image {
+    target: "x86_64-unknown-none",
+    package: "bare",
+    binary: "bare",
+    output: "bare",
+    copy: paths::bare,
+}];
+
 /// Builds Cordon's images into the build folder. Quiet when nothing changed.
 pub fn build() -> Result<()> {
     build_all(&IMAGES)?;
@@ -97,6 +106,11 @@ pub fn build_for(board: Board) -> Result<()> {
             build_initrd_of(&paths::cloud_modules(), &paths::cloud_kernel(), Compression::none(), &to)
         }
     }
+}
+
+/// Builds the bare machine's program into the build folder.
+pub fn build_bare() -> Result<()> {
+    build_all(&BARE)
 }
 
 fn build_all(images: &[Image]) -> Result<()> {

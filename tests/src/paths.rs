@@ -73,6 +73,11 @@ pub fn hostile() -> PathBuf {
     build().join("hostile.efi")
 }
 
+/// The bare machine's program, for tests.
+pub fn bare() -> PathBuf {
+    build().join("bare.img")
+}
+
 /// The secure loader block.
 pub fn slb() -> PathBuf {
     build().join("slb.bin")

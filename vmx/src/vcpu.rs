@@ -435,6 +435,8 @@ impl VmxVcpu {
             activity: vmcs.read(ACTIVITY)?,
         };
         self.stored = self.now;
+        // Blocking by SMI means nothing outside SMM, where an entry with it fails.
+        self.now.interruptibility &= interruptibility::STI | interruptibility::MOV_SS | interruptibility::NMI;
         self.gprs.rsp = self.now.rsp;
         self.length = vmcs.read(EXIT_LENGTH)?;
         self.deliver_again(vmcs)?;

@@ -315,3 +315,12 @@ fn the_host_state_is_this_cpus() {
     );
     assert!(!f.writes.contains(&HOST_RSP.encoding()), "the world switch writes it");
 }
+
+#[test]
+fn an_entry_never_says_that_smis_are_blocked() {
+    let (mut v, mut f) = running();
+    f.set(INTERRUPTIBILITY, 5);
+    exit_with(&mut v, &mut f, 0, 0);
+    v.enter(&mut f, false).unwrap();
+    assert_eq!(f.get(INTERRUPTIBILITY), 1);
+}
