@@ -310,6 +310,31 @@ impl AddressSpace {
         }
     }
 
+    /// [`Self::map_view`] with the memory types that `types` gives: the type of the page at an address, and the last address
+    /// for which it is the same. What guest and MLE share keeps its own.
+    pub fn map_view_typed<P: TablePool>(
+        &self,
+        view: View,
+        tables: &Tables,
+        pool: &mut P,
+        types: impl Fn(u64) -> (MemoryType, u64),
+    ) -> Result<(), radix::Error> {
+        self.runs(view).try_for_each(|run| {
+            let Access { rights, memory } = run.access;
+            let mut rest = Some(run.range);
+            while let Some(range) = rest {
+                let (by_page, last) = types(range.start());
+                let memory = if memory == MemoryType::Coherent { memory } else { by_page };
+                let last = last.max(range.start()).min(range.last());
+                if let Some(part) = PhysRange::from_last(range.start(), last) {
+                    tables.map_identity(pool, part, rights, memory)?;
+                }
+                rest = last.checked_add(1).and_then(|next| PhysRange::from_last(next, range.last()));
+            }
+            Ok(())
+        })
+    }
+
     /// [`Self::map_view`] for the pages of `part`, none of which may be mapped: how a page that was taken out
     /// for a time comes back, with no more rights than it had.
     pub fn map_part<P: TablePool>(
@@ -565,6 +590,28 @@ mod tests {
                         prop_assert_eq!(tables.walk(&pool, addr).map(|m| (m.phys, m.rights)), expected);
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn types_by_page_change_no_right_and_leave_shared_memory_coherent() {
+        let mle = PhysRange::new(0x20_0000, 0x20_0000).unwrap();
+        let mut space = AddressSpace::new(36, mle, None).unwrap();
+        space.assign(PhysRange::new(0, 0x20_0000).unwrap(), Kind::Ram).unwrap();
+        space.assign(PhysRange::new(0x40_0000, 0x1000).unwrap(), Kind::FirmwareData).unwrap();
+        let types = |at: u64| {
+            if at < 0xa_0000 { (MemoryType::WriteBack, 0x9_ffff) } else { (MemoryType::Device, u64::MAX) }
+        };
+        for view in [View::Guest, View::Sandbox] {
+            let (mut plain, mut typed) = (Pool::new(256), Pool::new(256));
+            let a = Tables::new(&EPT, 4, PageSize::Size2M, &mut plain).unwrap();
+            let b = Tables::new(&EPT, 4, PageSize::Size2M, &mut typed).unwrap();
+            space.map_view(view, &a, &mut plain).unwrap();
+            space.map_view_typed(view, &b, &mut typed, types).unwrap();
+            for at in [0, 0x9_f000, 0xa_0000, 0x1f_f000, 0x20_0000, 0x3f_f000, 0x40_0000, 0x8000_0000] {
+                let to = |t: &Tables, p: &Pool| t.walk(p, at).map(|m| (m.phys, m.rights));
+                assert_eq!(to(&a, &plain), to(&b, &typed), "{at:#x}");
             }
         }
     }

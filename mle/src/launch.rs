@@ -299,7 +299,7 @@ fn launch<'a>(
     let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
     let tables_from = pool.mark();
     let nested = Tables::new(features.vendor.nested_format(), 4, features.largest_nested, &mut pool)?;
-    space.map_view(View::Guest, &nested, &mut pool)?;
+    features.vendor.map_guest(&space, &nested, &mut pool, &msrs, features.bits)?;
     if let Some(copies) = layout.config_space {
         memory::replace_config_space(&ecam, &guarded, copies, &nested, &mut pool)?;
         for (function, at) in guarded.iter().zip((copies.start()..).step_by(PAGE_SIZE as usize)) {

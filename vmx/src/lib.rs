@@ -10,6 +10,7 @@ pub mod caps;
 pub mod defs;
 pub mod insn;
 pub mod maps;
+pub mod mtrr;
 pub mod txt;
 pub mod vcpu;
 pub mod vmcs;

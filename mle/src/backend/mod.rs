@@ -13,11 +13,13 @@ use core::ops::{Deref, DerefMut};
 
 use firmware::tables::HypercallInsn;
 use hv::io::Msr;
-use hv::radix::{EPT, Format, NPT, PageSize};
+use hv::radix::{self, EPT, Format, NPT, PageSize, Tables};
+use hv::space::{AddressSpace, View};
 use hv::vcpu::{Exit, Role};
 use svm::defs::Vmcb;
 use svm::vcpu::{Machine as SvmMachine, SvmVcpu};
 use vmx::caps::Caps;
+use vmx::mtrr::Types;
 use vmx::vcpu::Machine as VmxMachine;
 
 pub use self::maps::{MsrIntercept, MsrMap, PortMap};
@@ -96,6 +98,24 @@ impl Vendor {
             Self::Svm => own,
             Self::Vmx(traits) if traits.caps.pages_1g => PageSize::Size1G,
             Self::Vmx(_) => PageSize::Size2M,
+        }
+    }
+
+    /// Maps what the guest can reach. EPT has to repeat what the MTRRs say of each page, NPT has not.
+    pub fn map_guest(
+        self,
+        space: &AddressSpace,
+        nested: &Tables,
+        pool: &mut PagePool,
+        msrs: &impl Msr,
+        bits: u32,
+    ) -> Result<(), radix::Error> {
+        match self {
+            Self::Svm => space.map_view(View::Guest, nested, pool),
+            Self::Vmx(_) => {
+                let types = Types::read(msrs, bits);
+                space.map_view_typed(View::Guest, nested, pool, |at| types.at(at))
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use core::fmt::{self, Write};
 use heapless::Vec;
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::radix::{PageSize, Tables};
-use hv::space::{AddressSpace, Kind, View};
+use hv::space::{AddressSpace, Kind};
 use hv::vcpu::{Exit, Role};
 use mle::apic::{XAPIC_BASE, Xapic, delivery};
 use mle::backend::{MsrMap, PortMap, Vcpu, Vendor, Vm};
@@ -123,7 +123,7 @@ pub extern "sysv64" fn main() -> ! {
     space.assign(range(0x100_0000, 0x100_0000), Kind::Ram).unwrap();
     let largest = vendor.largest_nested(PageSize::Size1G);
     let nested = Tables::new(vendor.nested_format(), 4, largest, &mut pool).unwrap();
-    space.map_view(View::Guest, &nested, &mut pool).unwrap();
+    vendor.map_guest(&space, &nested, &mut pool, &msrs, 36).unwrap();
     let mut msr_map = MsrMap::new(vendor, &mut pool).unwrap();
     msr::Guards::of(vendor).intercept(|index, what| msr_map.intercept(index, what));
     let port_map: &mut PortMap = pool.object().unwrap();
