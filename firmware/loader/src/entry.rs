@@ -49,6 +49,15 @@ impl fmt::Display for Place<'_> {
     }
 }
 
+/// How a launch begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Technology {
+    /// By SKINIT.
+    Skinit,
+    /// By GETSEC\[SENTER\].
+    Senter,
+}
+
 /// One entry that boots through Cordon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -60,14 +69,22 @@ pub struct Entry {
     pub initrd: Vec<Value>,
     /// `options`, in the order given.
     pub options: Vec<Value>,
-    /// `cordon-slb`: the secure loader block.
-    pub slb: Value,
+    /// `cordon-launch`: how, where the CPU's vendor is not to decide.
+    pub technology: Option<Technology>,
+    /// `cordon-slb`: the secure loader block. Not given only where `technology` is SENTER.
+    pub slb: Option<Value>,
+    /// `cordon-sinit`, in the order given.
+    pub sinit: Vec<Value>,
     /// `cordon-mle`: the hypervisor.
     pub mle: Value,
     /// `cordon-config`: Cordon's configuration.
     pub config: Option<Value>,
     /// `cordon-skinit insist`: issue SKINIT although CPUID does not offer it.
     pub insist_skinit: bool,
+    /// `cordon-txt insist`: execute GETSEC\[SENTER\] without asking the CPU whether it can.
+    pub insist_txt: bool,
+    /// `cordon-regions optional`: go on with IOMMUs that have no protected memory regions.
+    pub optional_regions: bool,
     /// `cordon-locality0 allow`: go on without TPM locality 2.
     pub allow_locality0: bool,
 }
@@ -101,13 +118,13 @@ pub enum Reason {
     Missing(&'static str),
     /// A key that begins like ours but is none of ours.
     UnknownKey(String),
-    /// The only word that the key knows is another one.
+    /// Not a word that the key knows.
     Word {
         /// The key.
         key: &'static str,
         /// The word given.
         value: String,
-        /// The word it knows.
+        /// What it knows.
         known: &'static str,
     },
     /// A character that can't be part of the value.
@@ -132,7 +149,7 @@ impl fmt::Display for EntryError {
             Reason::Missing(key) => write!(f, " key {key} is missing"),
             Reason::UnknownKey(key) => write!(f, " unknown key {key}"),
             Reason::Word { key, value, known } => {
-                write!(f, " key {key} has value {value:?}, the only one it knows is {known:?}")
+                write!(f, " key {key} has value {value:?}, which is not one it knows, as {known:?} is")
             }
             Reason::Character { key, code } => write!(f, " key {key} has character {code:#x} in its value"),
         }
@@ -164,8 +181,12 @@ struct Draft {
     slb: Option<Value>,
     mle: Option<Value>,
     config: Option<Value>,
+    technology: Option<Value>,
     skinit: Option<Value>,
+    txt: Option<Value>,
+    regions: Option<Value>,
     locality0: Option<Value>,
+    sinit: Vec<Value>,
     initrd: Vec<Value>,
     options: Vec<Value>,
 }
@@ -181,8 +202,15 @@ impl Draft {
             "cordon-slb" => (&mut self.slb, path(value("cordon-slb"))?),
             "cordon-mle" => (&mut self.mle, path(value("cordon-mle"))?),
             "cordon-config" => (&mut self.config, path(value("cordon-config"))?),
-            "cordon-skinit" => (&mut self.skinit, word(value("cordon-skinit"), "insist")?),
-            "cordon-locality0" => (&mut self.locality0, word(value("cordon-locality0"), "allow")?),
+            "cordon-launch" => (&mut self.technology, one_of(value("cordon-launch"), &["skinit", "senter"])?),
+            "cordon-skinit" => (&mut self.skinit, one_of(value("cordon-skinit"), &["insist"])?),
+            "cordon-txt" => (&mut self.txt, one_of(value("cordon-txt"), &["insist"])?),
+            "cordon-regions" => (&mut self.regions, one_of(value("cordon-regions"), &["optional"])?),
+            "cordon-sinit" => {
+                self.sinit.push(path(value("cordon-sinit"))?);
+                return Ok(());
+            }
+            "cordon-locality0" => (&mut self.locality0, one_of(value("cordon-locality0"), &["allow"])?),
             "initrd" => {
                 self.initrd.push(path(value("initrd"))?);
                 return Ok(());
@@ -222,15 +250,15 @@ fn path(value: Value) -> Result<Value, Reason> {
     }
 }
 
-/// The value, when it is `known`.
-fn word(value: Value, known: &'static str) -> Result<Value, Reason> {
+/// The value, when it is one of `known`, of which there is at least one.
+fn one_of(value: Value, known: &[&'static str]) -> Result<Value, Reason> {
     if value.text.is_empty() {
         return Err(Reason::NoValue(value.key));
     }
-    if value.text != known {
-        return Err(Reason::Word { key: value.key, value: value.text, known });
+    if known.contains(&value.text.as_str()) {
+        return Ok(value);
     }
-    Ok(value)
+    Err(Reason::Word { key: value.key, value: value.text, known: known.first().unwrap_or(&"") })
 }
 
 impl Entry {
@@ -253,15 +281,27 @@ impl Entry {
             return Ok(None);
         }
         let need = |value: Option<Value>, key| value.ok_or_else(|| fail(None, Reason::Missing(key)));
+        let technology = draft.technology.map(|value| match value.text.as_str() {
+            "senter" => Technology::Senter,
+            _ => Technology::Skinit,
+        });
+        let linux = need(draft.linux, "linux")?;
+        if technology != Some(Technology::Senter) && draft.slb.is_none() {
+            return Err(fail(None, Reason::Missing("cordon-slb")));
+        }
         Ok(Some(Self {
             title: draft.title,
-            linux: need(draft.linux, "linux")?,
-            slb: need(draft.slb, "cordon-slb")?,
+            linux,
+            technology,
+            slb: draft.slb,
+            sinit: draft.sinit,
             mle: need(draft.mle, "cordon-mle")?,
             config: draft.config,
             initrd: draft.initrd,
             options: draft.options,
             insist_skinit: draft.skinit.is_some(),
+            insist_txt: draft.txt.is_some(),
+            optional_regions: draft.regions.is_some(),
             allow_locality0: draft.locality0.is_some(),
         }))
     }
@@ -305,7 +345,7 @@ mod tests {
         assert_eq!(e.title.as_ref().unwrap().text, "Debian GNU/Linux");
         assert_eq!((e.linux.line, e.linux.text.as_str()), (5, "/debian/vmlinuz"));
         assert_eq!(e.linux.efi_path(), "\\debian\\vmlinuz");
-        assert_eq!(e.slb.efi_path(), "\\cordon\\slb.bin");
+        assert_eq!(e.slb.as_ref().unwrap().efi_path(), "\\cordon\\slb.bin");
         let initrds: Vec<_> = e.initrd.iter().map(|v| (v.line, v.text.as_str())).collect();
         assert_eq!(initrds, [(6, "/ucode.img"), (7, "/debian/initrd.img")]);
         assert_eq!(e.command_line(), "root=/dev/sda1  quiet console=ttyS0");
@@ -318,6 +358,19 @@ mod tests {
         let e = parse("linux v\ncordon-slb s\ncordon-mle m\n").unwrap().unwrap();
         assert!(!e.insist_skinit && !e.allow_locality0 && e.config.is_none() && e.initrd.is_empty());
         assert_eq!(e.command_line(), "");
+    }
+
+    #[test]
+    fn senter_takes_modules_and_no_slb() {
+        let e = parse(
+            "linux v\ncordon-mle m\ncordon-launch senter\ncordon-sinit a\ncordon-sinit b\ncordon-txt insist\ncordon-regions optional\n",
+        );
+        let e = e.unwrap().unwrap();
+        assert_eq!((e.technology, e.slb), (Some(Technology::Senter), None));
+        assert_eq!(e.sinit.iter().map(|v| v.text.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        assert!(e.insist_txt && e.optional_regions);
+        let error = parse("linux v\ncordon-mle m\ncordon-launch skinit\n").unwrap_err().to_string();
+        assert_eq!(error, "\\loader\\entries\\a.conf: key cordon-slb is missing");
     }
 
     #[test]
@@ -337,7 +390,7 @@ mod tests {
             ("cordon-skinit", ":4: key cordon-skinit has no value"),
             (
                 "\ncordon-skinit maybe",
-                ":5: key cordon-skinit has value \"maybe\", the only one it knows is \"insist\"",
+                ":5: key cordon-skinit has value \"maybe\", which is not one it knows, as \"insist\" is",
             ),
             ("options a\0b", ":4: key options has character 0x0 in its value"),
             ("initrd /\u{1f427}", ":4: key initrd has character 0x1f427 in its value"),

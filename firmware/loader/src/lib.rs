@@ -15,5 +15,6 @@ pub mod machine;
 pub mod paging;
 pub mod park;
 pub mod screen;
+pub mod senter;
 pub mod table;
 pub mod tpm;

@@ -112,21 +112,19 @@ const IVRS_MAX: usize = 4096;
 /// Longest TPM2 table accepted, bytes.
 const TPM2_MAX: usize = 256;
 
-/// Checks that there is an IOMMU and a TPM 2.0. `rsdp` is the ACPI root pointer's address, `tcg2` whether the firmware
-/// offers the TCG2 protocol.
-pub fn check_platform(
-    mem: &impl PhysMem,
-    rsdp: Option<u64>,
-    tpm: &impl Mmio,
-    tcg2: bool,
-) -> Result<Interface, Refusal> {
-    let rsdp = rsdp.ok_or(Refusal::NoAcpi)?;
+/// Checks that there is an AMD IOMMU. `rsdp` is the ACPI root pointer's address.
+pub fn check_iommu(mem: &impl PhysMem, rsdp: u64) -> Result<(), Refusal> {
     let mut table = [0; IVRS_MAX];
     let length = acpi::copy_table(mem, rsdp, *b"IVRS", &mut table).map_err(Refusal::Iommu)?;
     let ivrs = Ivrs::new(table.get(..length).unwrap_or_default()).map_err(Refusal::Ivrs)?;
     if ivrs.units().next().is_none() {
         return Err(Refusal::NoIommu);
     }
+    Ok(())
+}
+
+/// Checks that there is a TPM 2.0. `tcg2`: whether the firmware offers the TCG2 protocol.
+pub fn check_tpm(mem: &impl PhysMem, rsdp: u64, tpm: &impl Mmio, tcg2: bool) -> Result<Interface, Refusal> {
     let interface = tpm::interface(tpm)?;
     if !tcg2 {
         acpi::copy_table(mem, rsdp, *b"TPM2", &mut [0; TPM2_MAX]).map_err(Refusal::NotTpm2)?;
@@ -258,14 +256,15 @@ mod tests {
 
     #[test]
     fn each_platform_that_cannot_is_refused_with_its_reason() {
-        let check =
-            |list: &[Vec<u8>], tpm: &FakeTpm, tcg2| check_platform(&tables(list), Some(RSDP), tpm, tcg2);
+        let check = |list: &[Vec<u8>], tpm: &FakeTpm, tcg2| {
+            check_iommu(&tables(list), RSDP)?;
+            check_tpm(&tables(list), RSDP, tpm, tcg2)
+        };
         let tis = FakeTpm::tis();
         let (iommu, tpm2) = (table(b"IVRS", &ivrs(1)), table(b"TPM2", &[0; 40]));
         let both = [iommu.clone(), tpm2.clone()];
         assert_eq!(check(&both, &tis, false), Ok(Interface::Tis));
         assert_eq!(check(core::slice::from_ref(&iommu), &FakeTpm::crb(), true), Ok(Interface::Crb));
-        assert_eq!(check_platform(&tables(&both), None, &tis, true), Err(Refusal::NoAcpi));
         assert_eq!(check(&[tpm2], &tis, true), Err(Refusal::Iommu(acpi::Error::Missing(*b"IVRS"))));
         assert_eq!(check(&[table(b"IVRS", &ivrs(0))], &tis, true), Err(Refusal::NoIommu));
         assert!(matches!(check(&[table(b"IVRS", &[7; 40])], &tis, true), Err(Refusal::Ivrs(_))));

@@ -1,11 +1,12 @@
 //! The Secure Launch Resource Table that the loader hands to the SLB stage.
 
 use hv::launch::{
-    Blob, CordonEntry, FLAG_LOCALITY0_ALLOWED, MLE_VERSION, MleHeader, SlbHeader, policy_entries,
+    Blob, CordonEntry, FLAG_LOCALITY0_ALLOWED, FLAG_REGIONS_OPTIONAL, MLE_VERSION, MleHeader, SlbHeader,
+    policy_entries,
 };
 use hv::slrt::{
-    ARCH_SKINIT, Builder, DlInfo, LOG_FORMAT_TPM2, LogInfo, MAX_SIZE, SlrtError, TAG_CORDON, TAG_DL_INFO,
-    TAG_LOG_INFO, entry_header,
+    ARCH_SKINIT, ARCH_TXT, Builder, DlInfo, Header, IntelInfo, LOG_FORMAT_TPM2, LogInfo, MAX_SIZE, SlrtError,
+    TAG_CORDON, TAG_DL_INFO, TAG_LOG_INFO, entry_header,
 };
 
 /// Bytes of the event log's area.
@@ -16,13 +17,41 @@ pub const SKINIT_OFFSET: u64 = 0xf0;
 /// What is there: SKINIT, and UD2 for a CPU that would go on behind it.
 pub const SKINIT_CODE: [u8; 5] = [0x0f, 0x01, 0xde, 0x0f, 0x0b];
 
+/// Where in the launch page GETSEC is: the same place.
+pub const SENTER_OFFSET: u64 = SKINIT_OFFSET;
+/// What is there: GETSEC, and UD2 for a CPU that would go on behind it.
+pub const SENTER_CODE: [u8; 4] = [0x0f, 0x37, 0x0f, 0x0b];
+
+/// What differs between the ways to launch.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one, and it is copied once")]
+pub enum Technology {
+    /// SKINIT.
+    Skinit {
+        /// Address of the SLB.
+        base: u64,
+        /// Its header.
+        slb: SlbHeader,
+    },
+    /// GETSEC\[SENTER\].
+    Senter {
+        /// Address and bytes of SINIT.
+        sinit: Blob,
+        /// The MLE's entry point after SENTER, bytes from its start.
+        entry: u32,
+        /// What SENTER changes.
+        info: IntelInfo,
+    },
+}
+
+/// Where in the table of a launch by SENTER its entry for Intel is: it comes first.
+pub const INTEL_OFFSET: u64 = size_of::<Header>() as u64;
+
 /// A launch as the table describes it. Addresses are physical; an absent blob is the default one.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch {
-    /// Address of the SLB.
-    pub slb_base: u64,
-    /// The SLB's header.
-    pub slb: SlbHeader,
+    /// How.
+    pub technology: Technology,
     /// Address of the MLE region.
     pub mle_base: u64,
     /// The MLE's header.
@@ -53,6 +82,8 @@ pub struct Launch {
     pub screen_info: [u8; 64],
     /// Whether the launch may go on without TPM locality 2.
     pub allow_locality0: bool,
+    /// Whether the launch may go on with IOMMUs that have no protected memory regions.
+    pub optional_regions: bool,
 }
 
 /// The table and its length in bytes.
@@ -60,15 +91,32 @@ pub struct Launch {
 /// # Errors
 /// [`SlrtError::Full`], which the contents leave no way to: they have a fixed size.
 pub fn build(launch: &Launch) -> Result<([u8; MAX_SIZE], usize), SlrtError> {
-    let mut builder = Builder::new(ARCH_SKINIT);
+    let (architecture, dce, entry, header) = match launch.technology {
+        Technology::Skinit { base, slb } => {
+            let slb = Blob { base: base.into(), size: u64::from(slb.length.get()).into() };
+            (ARCH_SKINIT, slb, launch.mle.entry.get(), 0)
+        }
+        Technology::Senter { sinit, entry, .. } => (ARCH_TXT, sinit, entry, launch.mle.txt_header.get()),
+    };
+    let mut builder = Builder::new(architecture);
+    if let Technology::Senter { info, .. } = &launch.technology {
+        builder.entry(info)?;
+    }
+    let mut flags = 0;
+    if launch.allow_locality0 {
+        flags |= FLAG_LOCALITY0_ALLOWED;
+    }
+    if launch.optional_regions {
+        flags |= FLAG_REGIONS_OPTIONAL;
+    }
     builder.entry(&DlInfo {
         hdr: entry_header::<DlInfo>(TAG_DL_INFO),
-        dce_size: u64::from(launch.slb.length.get()).into(),
-        dce_base: launch.slb_base.into(),
+        dce_size: dce.size,
+        dce_base: dce.base,
         dlme_size: launch.mle.image_size,
         dlme_base: launch.mle_base.into(),
-        dlme_entry: u64::from(launch.mle.entry.get()).into(),
-        dlme_header_offset: 0.into(),
+        dlme_entry: u64::from(entry).into(),
+        dlme_header_offset: u64::from(header).into(),
         dlme_config_table: 0.into(),
         bootloader: 0.into(),
         reserved: Default::default(),
@@ -86,7 +134,7 @@ pub fn build(launch: &Launch) -> Result<([u8; MAX_SIZE], usize), SlrtError> {
     builder.entry(&CordonEntry {
         hdr: entry_header::<CordonEntry>(TAG_CORDON),
         version: MLE_VERSION.into(),
-        flags: if launch.allow_locality0 { FLAG_LOCALITY0_ALLOWED } else { 0 }.into(),
+        flags: flags.into(),
         mle_region: Blob { base: launch.mle_base.into(), size: launch.mle.region_size },
         kernel: launch.kernel,
         initrd: launch.initrd,
@@ -108,7 +156,8 @@ mod tests {
     use super::*;
     use hv::launch::policy_difference;
     use hv::launch::{MLE_MAGIC, SLB_MAGIC};
-    use hv::slrt::Slrt;
+    use hv::slrt::{Slrt, TAG_INTEL};
+    use zerocopy::{FromBytes, FromZeros};
 
     fn blob(base: u64, size: u64) -> Blob {
         Blob { base: base.into(), size: size.into() }
@@ -116,8 +165,15 @@ mod tests {
 
     fn sample() -> Launch {
         Launch {
-            slb_base: 0x7000_0000,
-            slb: SlbHeader { entry: 16.into(), length: 0x6000.into(), magic: SLB_MAGIC, reserved: 0.into() },
+            technology: Technology::Skinit {
+                base: 0x7000_0000,
+                slb: SlbHeader {
+                    entry: 16.into(),
+                    length: 0x6000.into(),
+                    magic: SLB_MAGIC,
+                    reserved: 0.into(),
+                },
+            },
             mle_base: 0x6000_0000,
             mle: MleHeader {
                 magic: MLE_MAGIC,
@@ -140,6 +196,7 @@ mod tests {
             launch_page: 0x9e000,
             screen_info: [7; 64],
             allow_locality0: false,
+            optional_regions: false,
         }
     }
 
@@ -175,6 +232,28 @@ mod tests {
         for (entry, blob) in policy.iter().zip(blobs) {
             assert_eq!((entry.entity, entry.size), (blob.base, blob.size));
         }
+    }
+
+    #[test]
+    fn after_senter_the_table_has_what_senter_changed() {
+        let mut info = IntelInfo::new_zeroed();
+        info.hdr = entry_header::<IntelInfo>(TAG_INTEL);
+        info.saved_misc_enable = 0x85_0089.into();
+        let technology = Technology::Senter { sinit: blob(0x7fd0_0000, 0x1_8000), entry: 0x1054, info };
+        let mut launch = Launch { technology, optional_regions: true, ..sample() };
+        launch.mle.txt_header = 0x1020.into();
+        let (bytes, used) = build(&launch).unwrap();
+        let (header, _) = Header::read_from_prefix(&bytes).unwrap();
+        assert_eq!(header.architecture.get(), ARCH_TXT);
+        let table = Slrt::parse(&bytes[..used]).unwrap();
+        let found: IntelInfo = table.entry(TAG_INTEL).unwrap();
+        assert_eq!(found.saved_misc_enable.get(), 0x85_0089);
+        assert_eq!(bytes[INTEL_OFFSET as usize..][..4], TAG_INTEL.to_le_bytes());
+        let dl: DlInfo = table.entry(TAG_DL_INFO).unwrap();
+        assert_eq!((dl.dce_base.get(), dl.dce_size.get()), (0x7fd0_0000, 0x1_8000));
+        assert_eq!((dl.dlme_entry.get(), dl.dlme_header_offset.get()), (0x1054, 0x1020));
+        let cordon: CordonEntry = table.entry(TAG_CORDON).unwrap();
+        assert_eq!(cordon.flags.get(), FLAG_REGIONS_OPTIONAL);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use core::fmt;
 use loader::entry::EntryError;
 use loader::image::ImageError;
 use loader::machine::Refusal;
+use loader::senter;
 use uefi::Status;
 
 use super::memory::NoMemory;
@@ -28,6 +29,8 @@ pub enum Error {
     },
     /// The machine can't be launched.
     Machine(Refusal),
+    /// It can't be launched by SENTER.
+    Senter(senter::Refusal),
     /// There is no memory.
     Memory {
         /// What for.
@@ -81,6 +84,12 @@ impl From<Refusal> for Error {
     }
 }
 
+impl From<senter::Refusal> for Error {
+    fn from(refusal: senter::Refusal) -> Self {
+        Self::Senter(refusal)
+    }
+}
+
 impl From<uefi::Error> for FileError {
     fn from(error: uefi::Error) -> Self {
         Self::Firmware(error.status())
@@ -95,6 +104,7 @@ impl fmt::Display for Error {
             Self::Entry(error) => error.fmt(f),
             Self::File { place, error } => write!(f, "{place}: {error}"),
             Self::Machine(refusal) => write!(f, "this machine can't be launched: {refusal}"),
+            Self::Senter(refusal) => write!(f, "this machine can't be launched: {refusal}"),
             Self::Memory { what, error } => write!(f, "{what}: {error}"),
             Self::MemoryMap(status) => write!(f, "the firmware's memory map: {status:?}"),
         }

@@ -1,4 +1,4 @@
-//! From ExitBootServices to SKINIT. There is no way back: whatever fails here is said on the serial line, and the
+//! From ExitBootServices to SKINIT or SENTER. There is no way back: whatever fails here is said on the serial line, and the
 //! machine is reset.
 //!
 //! UNSAFETY: leaving the firmware, and jumping to code that was written as bytes.
@@ -6,14 +6,17 @@
 
 use core::fmt::{self, Write};
 
+use hv::io::PhysMem;
 use hv::launch::{Blob, SLB_SLRT_POINTER_OFFSET};
 use loader::park::{self, Apic};
-use loader::{paging, table, tpm};
+use loader::{paging, senter, table, tpm};
 use uefi::boot;
 use uefi::mem::memory_map::MemoryMap;
 
 use super::metal::{self, Identity, Msrs, Page, Serial};
-use super::{Prepared, say};
+use super::senter::Senter;
+use super::{Means, Prepared, say};
+use vmx::txt::heap;
 
 /// Bytes of a gate.
 const GATE_SIZE: usize = 16;
@@ -27,13 +30,13 @@ fn stop(why: fmt::Arguments<'_>) -> ! {
 }
 
 extern "sysv64" fn invalid_opcode() -> ! {
-    stop(format_args!("SKINIT failed: invalid opcode, this CPU has no SKINIT"))
+    stop(format_args!("launch failed: invalid opcode, this CPU has no SKINIT or no GETSEC"))
 }
 extern "sysv64" fn general_protection() -> ! {
-    stop(format_args!("SKINIT failed: general protection fault"))
+    stop(format_args!("launch failed: general protection fault"))
 }
 extern "sysv64" fn other_exception() -> ! {
-    stop(format_args!("SKINIT failed: exception on the way to it"))
+    stop(format_args!("launch failed: exception on the way to it"))
 }
 
 /// Spec: \[APM2\] "Exceptions and Interrupts".
@@ -58,11 +61,15 @@ pub fn launch(mut p: Prepared) -> ! {
         };
         to.copy_from_slice(&gate(handler, metal::code_segment()));
     }
-    let code = p.table.launch_page.saturating_add(table::SKINIT_OFFSET);
     let slrt = p.slrt.base().to_le_bytes();
-    if !p.launch_page.write(table::SKINIT_OFFSET, &table::SKINIT_CODE)
-        || !p.slb.write(SLB_SLRT_POINTER_OFFSET, &slrt)
-    {
+    let (offset, instruction, fits) = match &mut p.means {
+        Means::Skinit(slb) => {
+            (table::SKINIT_OFFSET, &table::SKINIT_CODE[..], slb.write(SLB_SLRT_POINTER_OFFSET, &slrt))
+        }
+        Means::Senter(_) => (table::SENTER_OFFSET, &table::SENTER_CODE[..], true),
+    };
+    let code = p.table.launch_page.saturating_add(offset);
+    if !fits || !p.launch_page.write(offset, instruction) {
         stop(format_args!("launch page or SLB is too small"));
     }
     say!("cordon: leaving the firmware");
@@ -92,12 +99,10 @@ pub fn launch(mut p: Prepared) -> ! {
     }
     tpm::relinquish(&p.tpm, p.tpm_interface);
 
-    let apic_page = match p.apic {
-        Apic::Page => Some(Page::new(park::APIC_PAGE)),
-        Apic::X2 => None,
-    };
-    if park::park_others(apic_page.as_ref(), &Msrs, &p.clock).is_err() {
-        stop(format_args!("INIT to the other processors did not leave the APIC"));
+    match &p.means {
+        Means::Skinit(_) => park_others(&p),
+        // SINIT has them meet by themselves.
+        Means::Senter(senter) => fill(senter),
     }
 
     metal::lift_write_protection();
@@ -107,9 +112,50 @@ pub fn launch(mut p: Prepared) -> ! {
     }
     metal::forget_mapping(code);
 
-    let slb = p.table.slb_base;
-    let _ = write!(Serial, "cordon: SKINIT at {code:#x}, SLB at {slb:#x}\r\n");
-    let Ok(slb) = u32::try_from(slb) else { stop(format_args!("the SLB is not below 4 GiB")) };
-    // SAFETY: the page was made executable, holds SKINIT and then an invalid opcode, and every exception resets.
-    unsafe { metal::skinit(code, slb) }
+    match p.means {
+        Means::Skinit(slb) => {
+            let slb = slb.base();
+            let _ = write!(Serial, "cordon: SKINIT at {code:#x}, SLB at {slb:#x}\r\n");
+            let Ok(slb) = u32::try_from(slb) else { stop(format_args!("the SLB is not below 4 GiB")) };
+            // SAFETY: the page was made executable, holds SKINIT and then an invalid opcode, and every exception resets.
+            unsafe { metal::skinit(code, slb) }
+        }
+        Means::Senter(senter) => {
+            let (base, size) = (senter.txt.sinit.start(), senter.module.bytes().len());
+            let _ = write!(Serial, "cordon: SENTER at {code:#x}, SINIT at {base:#x}\r\n");
+            metal::with_caches_off(|| senter::set_mtrrs(&Msrs, &senter.mtrrs));
+            // SINIT's memory lies below 4 GiB, and so does its end.
+            // SAFETY: the page was made executable, holds GETSEC and then an invalid opcode, and every exception resets.
+            unsafe { metal::senter(code, base as u32, size as u32, senter.smx) }
+        }
+    }
+}
+
+/// Sends the other processors where SKINIT needs them.
+fn park_others(p: &Prepared) {
+    let apic_page = match p.apic {
+        Apic::Page => Some(Page::new(park::APIC_PAGE)),
+        Apic::X2 => None,
+    };
+    if park::park_others(apic_page.as_ref(), &Msrs, &p.clock).is_err() {
+        stop(format_args!("INIT to the other processors did not leave the APIC"));
+    }
+}
+
+/// Puts everything where SINIT looks for it.
+fn fill(senter: &Senter) {
+    let heap = senter.txt.heap.start().saturating_add(senter.txt.bios);
+    if !Identity.write(senter.txt.sinit.start(), senter.module.bytes())
+        || !Identity.write(heap, &heap::build(&senter.heap))
+    {
+        stop(format_args!("TXT's memory is not where its registers say"));
+    }
+    if senter.smx {
+        senter::clear_machine_checks(&Msrs);
+    }
+    for base in &senter.iommus {
+        if !senter::quiet_iommu(&Page::new(*base)) {
+            stop(format_args!("the IOMMU at {base:#x} does not stop translating"));
+        }
+    }
 }

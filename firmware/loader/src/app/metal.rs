@@ -24,7 +24,8 @@ impl Msr for Msrs {
         unsafe { x86::msr::rdmsr(index) }
     }
     fn wrmsr(&self, index: u32, value: u64) {
-        // SAFETY: as above; the one register written is the x2APIC's interrupt command.
+        // SAFETY: as above; the registers written are the x2APIC's interrupt command and, with caches off and the firmware
+        // left, those of memory types and of machine checks.
         unsafe { x86::msr::wrmsr(index, value) }
     }
 }
@@ -117,7 +118,8 @@ impl PhysMem for Identity {
     fn write(&self, addr: u64, data: &[u8]) -> bool {
         let reachable = plausible(addr, data.len());
         if reachable {
-            // SAFETY: only the page-table walk writes, to entries that the CPU uses; no Rust object is among them.
+            // SAFETY: written are entries of the page tables that the CPU uses, and memory that the firmware set aside for
+            // TXT; no Rust object is among them.
             unsafe { core::ptr::copy(data.as_ptr(), addr as *mut u8, data.len()) };
         }
         reachable
@@ -254,6 +256,73 @@ pub fn forget_mapping(addr: u64) {
 pub unsafe fn skinit(code: u64, slb: u32) -> ! {
     // SAFETY: the caller's promise.
     unsafe { asm!("jmp {}", in(reg) code, in("eax") slb, options(noreturn)) }
+}
+
+const CR4_SMXE: u64 = 1 << 14;
+
+/// GETSEC: EAX after `leaf` with this EBX.
+///
+/// # Safety
+/// CPUID offers SMX, and the leaf is CAPABILITIES or PARAMETERS.
+pub unsafe fn getsec(leaf: u32, ebx: u32) -> u32 {
+    let eax: u32;
+    // SAFETY: the caller's promise: SMXE may be set, and these leaves change the registers named here alone. RBX is the
+    // compiler's, so it is kept.
+    unsafe {
+        asm!(
+            "mov {tmp}, cr4", "or {tmp}, {smxe}", "mov cr4, {tmp}",
+            "mov {kept}, rbx", "mov ebx, {ebx:e}", "getsec", "mov rbx, {kept}",
+            tmp = out(reg) _, kept = out(reg) _, smxe = in(reg) CR4_SMXE, ebx = in(reg) ebx,
+            inout("eax") leaf => eax, out("ecx") _, out("edx") _, options(nostack),
+        );
+    }
+    eax
+}
+
+/// Runs `change` with caches off and empty, as changes of memory types want it.
+///
+/// Spec: \[SDM3\] "MTRR Considerations in MP Systems", for the one processor that runs.
+pub fn with_caches_off(change: impl FnOnce()) {
+    const CR0_CD: u64 = 1 << 30;
+    const CR0_NW: u64 = 1 << 29;
+    /// Empties caches and what is remembered of the page tables.
+    fn flush() {
+        // SAFETY: writes back all that is cached; the page tables stay the same.
+        unsafe { asm!("wbinvd", "mov {tmp}, cr3", "mov cr3, {tmp}", tmp = out(reg) _, options(nostack)) }
+    }
+    // SAFETY: memory is coherent with caches off too; interrupts are off, and the firmware is left.
+    unsafe {
+        asm!("mov {tmp}, cr0", "and {tmp}, {nw}", "or {tmp}, {cd}", "mov cr0, {tmp}",
+             tmp = out(reg) _, nw = in(reg) !CR0_NW, cd = in(reg) CR0_CD, options(nostack));
+    }
+    flush();
+    change();
+    flush();
+    // SAFETY: as above.
+    unsafe {
+        asm!("mov {tmp}, cr0", "and {tmp}, {cd}", "mov cr0, {tmp}",
+             tmp = out(reg) _, cd = in(reg) !(CR0_CD | CR0_NW), options(nostack));
+    }
+}
+
+/// Jumps to `code`, a GETSEC instruction, with what SENTER takes: SINIT's address and size. CR4.SMXE is set only with `smx`,
+/// whether CPUID offers it.
+///
+/// # Safety
+/// `code` is mapped, executable, and ends this program: by SENTER, or by an exception whose handler resets.
+pub unsafe fn senter(code: u64, sinit: u32, size: u32, smx: bool) -> ! {
+    const CR0_NE: u64 = 1 << 5;
+    let smxe = if smx { CR4_SMXE } else { 0 };
+    // SAFETY: the caller's promise. Nothing of this program runs afterwards, so RBX and RDI may be taken.
+    unsafe {
+        asm!(
+            "mov rdi, cr4", "or rdi, {smxe}", "mov cr4, rdi",
+            "mov rdi, cr0", "or rdi, {ne}", "mov cr0, rdi",
+            "mov ebx, {sinit:e}", "xor edx, edx", "jmp {code}",
+            in("rdi") 0u64, smxe = in(reg) smxe, ne = in(reg) CR0_NE, sinit = in(reg) sinit, code = in(reg) code,
+            in("eax") vmx::txt::getsec::SENTER, in("ecx") size, options(noreturn),
+        )
+    }
 }
 
 /// The graphics mode that the firmware's console uses, when it has a frame buffer.

@@ -7,7 +7,9 @@ mod files;
 mod launch;
 mod memory;
 mod metal;
+mod senter;
 
+use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::convert::Infallible;
@@ -17,10 +19,10 @@ use hv::addr::{FOUR_GIB, PAGE_SIZE};
 use hv::failure::Record;
 use hv::launch::{Blob, LAUNCH_PAGE_SIZE, MLE_REGION_ALIGN, MleHeader, SLB_SIZE, SlbHeader};
 use hv::slrt::MAX_SIZE;
-use loader::entry::{ENTRY_MAX, Entry, Place, Value};
+use loader::entry::{ENTRY_MAX, Entry, Place, Technology as Way, Value};
 use loader::machine::{self, Refusal};
 use loader::park::{self, Apic};
-use loader::table::{LOG_SIZE, Launch};
+use loader::table::{LOG_SIZE, Launch, Technology};
 use loader::{choice, image, screen, tpm};
 use uefi::boot::{self, MemoryType};
 use uefi::mem::memory_map::MemoryMap;
@@ -87,9 +89,16 @@ fn run() -> Result<Infallible, Error> {
     launch::launch(prepare()?)
 }
 
+/// What the one or the other way to launch needs.
+enum Means {
+    /// The SLB.
+    Skinit(Pages),
+    Senter(Box<senter::Senter>),
+}
+
 /// All that a launch needs. Dropping it gives the memory back.
 struct Prepared {
-    slb: Pages,
+    means: Means,
     slrt: Pages,
     launch_page: Pages,
     memory_map: Pages,
@@ -111,16 +120,23 @@ fn prepare() -> Result<Prepared, Error> {
     say!("cordon: booting {file} ({title})");
 
     let msrs = Msrs;
-    machine::check_cpu(&raw_cpuid::CpuId::new(), &msrs, entry.insist_skinit)?;
+    let cpuid = raw_cpuid::CpuId::new();
+    let intel = cpuid.get_vendor_info().is_some_and(|vendor| vendor.as_str() == "GenuineIntel");
+    let way = entry.technology.unwrap_or(if intel { Way::Senter } else { Way::Skinit });
+    match way {
+        Way::Skinit => machine::check_cpu(&cpuid, &msrs, entry.insist_skinit)?,
+        Way::Senter => senter::check_cpu(entry.insist_txt)?,
+    }
     let apic = park::find(&msrs)?;
     let clock = TscClock::calibrate().ok_or(Refusal::Tsc)?;
     let tpm = Page::new(tpm::BASE);
     let tcg2 = boot::get_handle_for_protocol::<Tcg>().is_ok();
-    let rsdp = rsdp();
-    let tpm_interface = machine::check_platform(&Identity, rsdp, &tpm, tcg2)?;
-    let rsdp = rsdp.ok_or(Refusal::NoAcpi)?;
+    let rsdp = rsdp().ok_or(Refusal::NoAcpi)?;
+    if way == Way::Skinit {
+        machine::check_iommu(&Identity, rsdp)?;
+    }
+    let tpm_interface = machine::check_tpm(&Identity, rsdp, &tpm, tcg2)?;
 
-    let (slb_header, slb) = load_slb(&mut volume, &file, &entry.slb)?;
     let (mle_header, mle) = load_mle(&mut volume, &file, &entry.mle)?;
     let command_line = entry.command_line();
     let kernel = load(&mut volume, &file, &entry.linux)?;
@@ -146,9 +162,24 @@ fn prepare() -> Result<Prepared, Error> {
     let launch_page = buffer("launch page", MemoryType::RESERVED, LAUNCH_PAGE_SIZE, LAUNCH_PAGE_LIMIT)?;
     let memory_map = buffer("memory map", MemoryType::LOADER_DATA, memory_map_room()?, FOUR_GIB)?;
 
+    let (means, technology) = match (way, &entry.slb) {
+        (Way::Skinit, Some(slb)) => {
+            let (header, pages) = load_slb(&mut volume, &file, slb)?;
+            let technology = Technology::Skinit { base: pages.base(), slb: header };
+            (Means::Skinit(pages), technology)
+        }
+        // The entry's parser wants an SLB for SKINIT.
+        _ => {
+            let header = &mle_header;
+            let (mle, log, slrt, launch_page) = (&mle, &log, &slrt, &launch_page);
+            let loaded = senter::Loaded { mle, header, log, slrt, launch_page, rsdp };
+            let (senter, technology) = senter::prepare(&mut volume, &file, &entry, &loaded)?;
+            (Means::Senter(Box::new(senter)), technology)
+        }
+    };
+
     let table = Launch {
-        slb_base: slb.base(),
-        slb: slb_header,
+        technology,
         mle_base: mle.base(),
         mle: mle_header,
         log: log.base(),
@@ -164,10 +195,11 @@ fn prepare() -> Result<Prepared, Error> {
         launch_page: launch_page.base(),
         screen_info: metal::graphics_mode().map_or([0; 64], |mode| screen::screen_info(&mode)),
         allow_locality0: entry.allow_locality0,
+        optional_regions: entry.optional_regions,
     };
     let named = [Some(mle), Some(kernel), initrd, config, cmdline, Some(log)];
     Ok(Prepared {
-        slb,
+        means,
         slrt,
         launch_page,
         memory_map,
