@@ -5,7 +5,7 @@
 
 use core::sync::atomic::Ordering;
 
-use hv::addr::PAGE_SIZE;
+use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::Msr;
 use hv::radix::Tables;
 use hv::vcpu::Exit;
@@ -57,6 +57,11 @@ impl CpuMemory {
             pages: CpuPages::new(pool)?,
             vcpu: VcpuPage::new(pool)?,
         })
+    }
+
+    /// The descriptor tables, which stay as they are once they are loaded.
+    pub fn constant(&self) -> Option<PhysRange> {
+        PhysRange::new(self.tables as u64, size_of::<trap::Tables>() as u64)
     }
 
     /// Unmaps the guard pages.

@@ -23,7 +23,7 @@ use hv::space::{self, View};
 use hv::vcpu::Role;
 use iommu::DmaArea;
 use iommu::pci::Function;
-use log::{info, warn};
+use log::info;
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::acpi::Ecam;
@@ -44,7 +44,9 @@ use crate::sandbox::{self, SandboxError};
 use crate::services::{self, STATUS_MAX};
 use crate::slb::space::MSR_MMIO_CONFIG;
 use crate::smp::{Setup, SmpError};
-use crate::{apic as local_apic, dma, exposure, fatal, guest, logger, paging, run, senter, smi, smp, trap};
+use crate::{
+    apic as local_apic, dma, exposure, fatal, guest, logger, paging, run, senter, smi, smp, trap, watch,
+};
 
 /// Devices that firmware may not claim for its runtime; IOMMUs and the MLE's memory are refused by the address space.
 const FIXED_DEVICES: [PhysRange; 2] = [
@@ -379,10 +381,11 @@ fn launch<'a>(
         let setup = Setup { memory, vm, window, clock, smep: features.smep };
         setups.push(setup).map_err(|_| LaunchError::Cpu("has more CPUs beside it than Cordon can start"))?;
     }
+    smi::guard(mem);
     smp::start(setups, inputs.launch_page, &own, &mut pool, &local, &clock)?;
 
     let log = log.get(..log_used).unwrap_or_default();
-    sandbox::set_up(
+    let sandboxed = sandbox::set_up(
         &mut pool,
         sandbox::Input {
             vendor: features.vendor,
@@ -400,12 +403,22 @@ fn launch<'a>(
             status: status(&inputs, &cpu, cpus, &smm),
         },
     )?;
-    let fixed = [(image.start, image.data), (tables_from, tables_to), (maps_from, maps_to)]
-        .map(|(from, to)| PhysRange::from_last(from, to.saturating_sub(1)));
-    let fixed: heapless::Vec<_, 3> = fixed.into_iter().flatten().collect();
-    if let Err(error) = smi::guard(&fixed, mem) {
-        warn!("the MLE is not looked at after an SMI: {error}");
+    let mut looked_at = smi::looked_at(mem);
+    for (from, to) in
+        [(image.start, image.data), (tables_from, tables_to), (maps_from, maps_to), sandboxed.maps]
+    {
+        looked_at.range(from, to);
     }
+    looked_at.tables(&own, &pool, u64::MAX);
+    looked_at.tables(&sandboxed.nested, &pool, watch::CONSTANT);
+    looked_at.bits(trap::idt(), u64::MAX);
+    looked_at.bits(memory.constant(), u64::MAX);
+    looked_at.path(bsp.nested_root, &window);
+    smp::each_setup(|setup| {
+        looked_at.bits(setup.memory.constant(), u64::MAX);
+        looked_at.path(setup.vm.nested_root, &setup.window);
+    });
+    drop(looked_at);
     let record = Record::new(Kind::LAUNCH, local.id(), exposure::now_us(&clock));
     exposure::record(&Record { text: Some(Text::new(env!("CARGO_PKG_VERSION"))), ..record });
     let open = |text: &str| {
@@ -423,7 +436,7 @@ fn launch<'a>(
     senter::end::begin_secrets();
     senter::unmask();
     // SAFETY: this CPU's page, used here for the first time.
-    let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &bsp) };
+    let mut vcpu = smi::with_vcpu(page, bsp.vendor, || unsafe { Vcpu::new(page, Role::Guest, &bsp) });
     vcpu.start_long_mode(start.rip, start.rsp, start.cr3, start.gdt);
     vcpu.gprs_mut().rsi = start.zero_page;
     info!(

@@ -28,7 +28,7 @@ use crate::cpu::FpuArea;
 use crate::metal::{Identity, TscClock};
 use crate::pool::PagePool;
 use crate::services::{self, PRISTINE_MAX, Parts, STATUS_MAX};
-use crate::smi::SmiGate;
+use crate::smi::{self, SmiGate};
 use crate::watch::Watch;
 
 /// Its code, watched for changes.
@@ -106,17 +106,27 @@ pub struct Input<'a> {
     pub status: String<STATUS_MAX>,
 }
 
+/// What of a sandbox stays as it is while it runs.
+pub struct Constant {
+    /// Nested tables, of which [`watch`] changes bits alone.
+    pub nested: Tables,
+    /// From where to where the permission maps lie.
+    pub maps: (u64, u64),
+}
+
 /// Puts the sandbox together and opens the services.
-pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError> {
+pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, SandboxError> {
     let Input { config, layout, map, tables, mem, .. } = input;
     let none = |what, bytes| SandboxError::OutOfMemory { what, bytes };
     let nested = Tables::new(input.vendor.nested_format(), 4, input.largest, pool)?;
     input.space.map_view(View::Sandbox, &nested, pool)?;
+    let maps_from = pool.mark();
     let mut msrs = MsrMap::new(input.vendor, pool).ok_or(none("the MSR map", PAGE_SIZE))?;
     msrs.close();
     config.sandbox.msrs.iter().for_each(|&index| msrs.allow_read(index));
     let ports: &mut PortMap = pool.object().ok_or(none("the port map", size_of::<PortMap>() as u64))?;
     ports.close();
+    let maps = (maps_from, pool.mark());
     let vm = Vm {
         vendor: input.vendor,
         msrs: msrs.address(),
@@ -130,7 +140,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError>
         gate: Gate::new(config, layout.thunks, layout.tables),
         state: Sandbox::new(config, input.pm_timer),
         // SAFETY: a fresh page.
-        vcpu: unsafe { Vcpu::new(page, Role::Sandbox, &vm) },
+        vcpu: smi::with_vcpu(page, vm.vendor, || unsafe { Vcpu::new(page, Role::Sandbox, &vm) }),
         entries: Service::ALL.map(|s| tables.entry(s, map)),
         area: layout.sandbox,
         staging: layout.staging,
@@ -170,7 +180,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<(), SandboxError>
     }
     drop(watch);
     services::open(parts, root);
-    Ok(())
+    Ok(Constant { nested, maps })
 }
 
 /// Runtime memory, not a window of a device.

@@ -4,24 +4,29 @@
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 use core::fmt::Display;
+use core::mem::replace;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::SMI_COMMAND;
 use firmware::service::Service;
-use firmware::smm::check::{GuardError, Guarded};
+use firmware::smm::check::Guarded;
 use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
 use firmware::smm::facts::{self, Facts};
 use heapless::Vec;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::failure::MleError;
 use hv::io::PortIo;
+use hv::radix::Tables;
 use iommu::pci::Function;
 use log::warn;
-use spin::{Mutex, Once};
+use spin::{Mutex, MutexGuard};
 
+use crate::backend::{Vcpu, VcpuPage, Vendor};
 use crate::cpu::{Cpu, native_cpuid};
+use crate::guest::apic_window::ApicWindow;
 use crate::metal::{Identity, Msrs, Ports, TscClock};
+use crate::pool::PagePool;
 use crate::services::PRISTINE_MAX;
 use crate::smp::MAX_CPUS;
 use crate::{dma, exposure, fatal};
@@ -35,7 +40,7 @@ const ECHO_US: u64 = 1_000_000;
 static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
 /// What SMM must not have changed.
-static GUARD: Once<Mutex<Guard>> = Once::new();
+static GUARD: Mutex<Guard> = Mutex::new(Guard { sums: Guarded::EMPTY, mem: None });
 
 /// A look costs as much as a firmware call; so often it may.
 const LOOK_PERIOD_US: u64 = 100_000;
@@ -46,7 +51,8 @@ static LOOK_OWED: AtomicBool = AtomicBool::new(false);
 
 struct Guard {
     sums: Guarded,
-    mem: Identity,
+    /// There is something to look at.
+    mem: Option<Identity>,
 }
 
 /// Whether the guest may raise software SMIs.
@@ -75,11 +81,72 @@ pub struct SmiGate {
     pub policy: SmmPolicy,
 }
 
-/// Looks at `regions` after each SMI from now on. More than can be looked at quickly is an error, and nothing is looked at.
-pub fn guard(regions: &[PhysRange], mem: Identity) -> Result<(), GuardError> {
-    let sums = Guarded::new(key(), regions, &mem)?;
-    GUARD.call_once(|| Mutex::new(Guard { sums, mem }));
-    Ok(())
+/// Looks after each SMI from now on, at virtual CPUs as they are made and at what [`looked_at`] adds.
+pub fn guard(mem: Identity) {
+    let mut guard = GUARD.lock();
+    guard.sums.set_key(key());
+    guard.mem = Some(mem);
+}
+
+/// For adding to what is looked at.
+pub fn looked_at(mem: Identity) -> Adding {
+    Adding { guard: GUARD.lock(), mem, full: false }
+}
+
+/// Adds to what is looked at. No CPU looks meanwhile.
+pub struct Adding {
+    guard: MutexGuard<'static, Guard>,
+    mem: Identity,
+    full: bool,
+}
+
+impl Adding {
+    /// Adds the bits of `mask` of each word of `range`.
+    pub fn bits(&mut self, range: Option<PhysRange>, mask: u64) {
+        let Some(range) = range else { return };
+        if let Err(error) = self.guard.sums.add(range, mask, &self.mem)
+            && !replace(&mut self.full, true)
+        {
+            warn!("not all of the MLE is looked at after an SMI: {error}");
+        }
+    }
+
+    /// Adds memory from `from` to `to`.
+    pub fn range(&mut self, from: u64, to: u64) {
+        if from < to {
+            self.bits(PhysRange::from_last(from, to.saturating_sub(1)), u64::MAX);
+        }
+    }
+
+    /// Adds page tables.
+    pub fn tables(&mut self, tables: &Tables, pool: &PagePool, mask: u64) {
+        tables.each_table(pool, &mut |at| self.bits(PhysRange::new(at, PAGE_SIZE), mask));
+    }
+
+    /// Adds nested tables of one CPU whose first entry that changes is that of `window`: [`PagePool::own_path`] made them.
+    pub fn path(&mut self, root: u64, window: &ApicWindow) {
+        let entry = window.entry();
+        self.range(root, entry);
+        self.range(entry.saturating_add(8), (entry | PAGE_SIZE.saturating_sub(1)).saturating_add(1));
+    }
+}
+
+/// Makes a virtual CPU on `page`, which is looked at from then on. No CPU looks meanwhile, and may take what it sees for damage.
+pub fn with_vcpu<'a>(page: VcpuPage, vendor: Vendor, make: impl FnOnce() -> Vcpu<'a>) -> Vcpu<'a> {
+    let mut guard = GUARD.lock();
+    let vcpu = make();
+    if let (Some(mem), Some((base, words))) = (guard.mem, page.constant(vendor))
+        && let Err(error) = guard.sums.set_words(base, words, &mem)
+    {
+        warn!("a virtual CPU is not looked at after an SMI: {error}");
+    }
+    vcpu
+}
+
+/// Runs what changes memory that is looked at, and puts it back as it was.
+pub fn unlooked<T>(change: impl FnOnce() -> T) -> T {
+    let _guard = GUARD.lock();
+    change()
 }
 
 /// A key that firmware cannot know beforehand; a CPU without random numbers has the time since power-on for one.
@@ -116,10 +183,11 @@ pub fn look_if_owed(id: impl FnOnce() -> u32, clock: &TscClock) {
 
 fn look(id: u32, clock: &TscClock) {
     // Another CPU looks already.
-    let Some(guard) = GUARD.get().and_then(Mutex::try_lock) else { return };
+    let Some(guard) = GUARD.try_lock() else { return };
+    let Some(mem) = guard.mem else { return };
     LOOK_OWED.store(false, Ordering::Relaxed);
     NEXT_LOOK_US.store(exposure::now_us(clock).saturating_add(LOOK_PERIOD_US), Ordering::Relaxed);
-    if let Some(damage) = guard.sums.check(&guard.mem) {
+    if let Some(damage) = guard.sums.check(&mem) {
         stop(&damage, (damage.range.start() / PAGE_SIZE) as u16, id, clock);
     }
     if let Some(damage) = dma::damage(clock) {

@@ -30,7 +30,7 @@ use crate::cpu::{Cpu, CpuMemory, Loaded};
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::metal::{PhysWindow, Ports, TscClock};
 use crate::pool::PagePool;
-use crate::{apic, fatal, paging, run, senter, trap};
+use crate::{apic, fatal, paging, run, senter, smi, trap};
 
 /// Most CPUs.
 pub const MAX_CPUS: usize = 64;
@@ -350,7 +350,7 @@ extern "sysv64" fn entry(index: u32) -> ! {
     };
     // SAFETY: this CPU came from the start-up code with GIF clear (after SKINIT) or interrupts off, once; or it was reset,
     // and what it had from this memory before is gone with that.
-    let loaded = unsafe { Loaded::new(setup.memory, false) };
+    let loaded = smi::unlooked(|| unsafe { Loaded::new(setup.memory, false) });
     // SAFETY: the tables the CPU runs on already.
     unsafe { paging::activate(ROOT.load(Ordering::Acquire), setup.smep) };
     senter::unmask();
@@ -372,7 +372,8 @@ extern "sysv64" fn entry(index: u32) -> ! {
         slot.set(State::Running);
         ARRIVED.fetch_add(1, Ordering::AcqRel);
         // SAFETY: this CPU's page, used here for the first time since it was reset.
-        let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &setup.vm) };
+        let mut vcpu =
+            smi::with_vcpu(page, setup.vm.vendor, || unsafe { Vcpu::new(page, Role::Guest, &setup.vm) });
         vcpu.wait_for_startup();
         loop {
             run::guest(&mut cpu, &mut vcpu, &mut setup.window, &local, &clock, ports, number);
@@ -392,7 +393,8 @@ extern "sysv64" fn entry(index: u32) -> ! {
         local.disable();
         let _ = (cpu.held_interrupts(), cpu.init_arrived());
         // SAFETY: this CPU's, and the virtual CPU before it is gone.
-        let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &setup.vm) };
+        let mut vcpu =
+            smi::with_vcpu(page, setup.vm.vendor, || unsafe { Vcpu::new(page, Role::Guest, &setup.vm) });
         vcpu.start_at(slot.vector.load(Ordering::Relaxed) as u8);
         slot.set(State::Running);
         run::guest(&mut cpu, &mut vcpu, &mut setup.window, &local, &clock, ports, number);
@@ -401,6 +403,11 @@ extern "sysv64" fn entry(index: u32) -> ! {
         slot.set(State::Parked);
         kick(number, true, &local, &clock);
     }
+}
+
+/// Tells `visit` what each AP takes with it.
+pub fn each_setup(visit: impl FnMut(&Setup)) {
+    SETUPS.lock().iter().for_each(visit);
 }
 
 /// How many CPUs there are.

@@ -12,6 +12,7 @@ use core::cell::UnsafeCell;
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use hv::addr::PhysRange;
 use x86::bits64::task::TaskStateSegment;
 use zerocopy::IntoBytes;
 
@@ -79,6 +80,11 @@ struct Idt(UnsafeCell<[Gate; 256]>);
 // SAFETY: written once by the BSP before any other CPU runs (`build_idt`), only read by CPUs afterwards.
 unsafe impl Sync for Idt {}
 static IDT: Idt = Idt(UnsafeCell::new([Gate { low: 0, high: 0 }; 256]));
+
+/// Where the IDT is, which stays as it is.
+pub fn idt() -> Option<PhysRange> {
+    PhysRange::new(IDT.0.get() as u64, size_of::<Idt>() as u64)
+}
 
 /// Bytes between the entry points of two vectors.
 const STUB_SIZE: u64 = 8;

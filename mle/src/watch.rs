@@ -29,6 +29,9 @@ const TURNS_MAX: u16 = 64;
 const WRITABLE: u64 = 1 << 1;
 const NO_EXECUTE: u64 = 1 << 63;
 
+/// Of an entry in nested tables, the bits that are not changed here.
+pub const CONSTANT: u64 = !(WRITABLE | NO_EXECUTE);
+
 /// What one entry of the nested tables maps of runtime code.
 struct Leaf {
     entry: &'static AtomicU64,

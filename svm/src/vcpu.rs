@@ -1,5 +1,7 @@
 //! The virtual CPU: a VMCB, the registers that VMRUN leaves to us, and what its exit codes mean.
 
+use core::mem::offset_of;
+
 use hv::vcpu::{Access, Control, Exception, Exit, Gprs, Role, Segment, Step, Vcpu};
 use zerocopy::FromZeros;
 
@@ -19,6 +21,21 @@ const RFLAGS_IF: u64 = 1 << 9;
 const DR6_BS: u64 = 1 << 14;
 /// PAT after reset. Spec: \[APM2\] "PAT Register".
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+
+/// What of the VMCB stays as [`SvmVcpu::new`] sets it: byte offsets, and which bits of the 64-bit word there. Intercepts but for
+/// those of a single step; maps; address space; what makes interrupts obey the host; nested paging and its root.
+pub const CONSTANT: &[(u16, u64)] = &[
+    (0x00, u64::MAX),
+    (0x08, !((Intercept3::NMI as u64) << 32 | 0xffff_ffff)),
+    (0x10, u64::MAX),
+    (offset_of!(Vmcb, iopm_base) as u16, u64::MAX),
+    (offset_of!(Vmcb, msrpm_base) as u16, u64::MAX),
+    (offset_of!(Vmcb, asid) as u16, 0xffff_ffff),
+    (offset_of!(Vmcb, int_control) as u16, V_INTR_MASKING),
+    (offset_of!(Vmcb, nested_control) as u16, u64::MAX),
+    (offset_of!(Vmcb, nested_cr3) as u16, u64::MAX),
+    (offset_of!(Vmcb, lbr_control) as u16, u64::MAX),
+];
 
 /// Permission maps, nested tables and address space of a virtual machine.
 #[derive(Clone, Copy, Debug)]
@@ -341,6 +358,7 @@ impl Vcpu for SvmVcpu<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use zerocopy::IntoBytes;
 
     fn with_vcpu(role: Role, test: impl FnOnce(&mut SvmVcpu)) {
         let mut vmcb = Vmcb::new_zeroed();
@@ -416,6 +434,36 @@ mod tests {
             assert_eq!((v.vmcb().intercept3, v.vmcb().intercept_exceptions), (intercepts, 0));
             assert_eq!(v.end_step(Exit::Smi), None, "no step, nothing to end");
         });
+    }
+
+    #[test]
+    fn neither_steps_nor_calls_nor_resets_change_what_is_constant() {
+        fn constant(v: &SvmVcpu<'_>) -> Vec<u64> {
+            let bytes = v.vmcb().as_bytes();
+            let word = |at: u16| u64::from_le_bytes(bytes[at.into()..][..8].try_into().unwrap());
+            CONSTANT.iter().map(|(at, mask)| word(*at) & mask).collect()
+        }
+        for role in [Role::Guest, Role::Sandbox] {
+            with_vcpu(role, |v| {
+                let before = constant(v);
+                assert!(before.iter().filter(|word| **word != 0).count() >= 6, "{before:x?}");
+                v.vmcb_mut().int_control |= 0x10f; // as the CPU saves it: V_TPR and V_IRQ
+                v.set_tsc_offset(1);
+                v.flush_nested();
+                v.prepare();
+                v.exit();
+                v.inject(Exception::Debug);
+                assert_eq!(constant(v), before);
+                v.begin_step();
+                assert_eq!(constant(v), before);
+                v.end_step(Exit::Smi);
+                v.reset();
+                v.start_at(1);
+                assert_eq!(constant(v), before);
+                v.vmcb_mut().nested_cr3 ^= 0x1000;
+                assert_ne!(constant(v), before);
+            });
+        }
     }
 
     #[test]

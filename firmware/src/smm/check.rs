@@ -15,25 +15,45 @@ use hv::io::PhysMem;
 use siphasher::sip::SipHasher13;
 
 /// Most regions.
-pub const REGIONS_MAX: usize = 16;
-/// Most pages in all regions, those in part included: 1 MiB. It bounds what an SMI costs.
-pub const PAGES_MAX: usize = 256;
+pub const REGIONS_MAX: usize = 256;
+/// Most pages in all regions, those in part included: 2.5 MiB. It bounds what an SMI costs.
+pub const PAGES_MAX: usize = 640;
+/// Most sets of words: a virtual CPU for each CPU, and the sandbox.
+pub const WORD_SETS_MAX: usize = 65;
 
-/// Regions of memory that are to stay as they are.
+/// Words of a page that stay as they are among others that change: offset, and which bits of the word.
+pub type Words = &'static [(u16, u64)];
+
+/// Memory that is to stay as it is.
 pub struct Guarded {
     key: [u8; 16],
-    regions: Vec<PhysRange, REGIONS_MAX>,
+    regions: Vec<Region, REGIONS_MAX>,
     /// For each page of each region in order; a region's first and last may be parts of pages.
     sums: Vec<u64, PAGES_MAX>,
+    sets: Vec<WordSet, WORD_SETS_MAX>,
 }
 
-/// Why regions cannot be guarded.
+struct Region {
+    range: PhysRange,
+    /// Of each 64-bit word, the bits that stay.
+    mask: u64,
+}
+
+struct WordSet {
+    base: u64,
+    words: Words,
+    sum: u64,
+}
+
+/// Why memory cannot be guarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuardError {
-    /// More than [`REGIONS_MAX`] regions; how many.
-    Regions(usize),
+    /// More than [`REGIONS_MAX`] regions.
+    Regions,
     /// More than [`PAGES_MAX`] pages.
     Pages,
+    /// More than [`WORD_SETS_MAX`] sets of words.
+    WordSets,
     /// Memory that cannot be read.
     Unreadable(PhysRange),
 }
@@ -42,8 +62,9 @@ impl fmt::Display for GuardError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("guarded memory: ")?;
         match self {
-            Self::Regions(count) => write!(f, "{count} regions, limit {REGIONS_MAX}"),
-            Self::Pages => write!(f, "more pages than the limit of {PAGES_MAX}"),
+            Self::Regions => write!(f, "more than {REGIONS_MAX} regions"),
+            Self::Pages => write!(f, "more than {PAGES_MAX} pages"),
+            Self::WordSets => write!(f, "more than {WORD_SETS_MAX} sets of words"),
             Self::Unreadable(range) => write!(f, "{range} cannot be read"),
         }
     }
@@ -65,56 +86,86 @@ impl fmt::Display for Tampered {
 impl fmt::Debug for Guarded {
     /// Not the key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Guarded").field("regions", &self.regions).finish_non_exhaustive()
+        let (regions, sets) = (self.regions.len(), self.sets.len());
+        f.debug_struct("Guarded").field("regions", &regions).field("sets", &sets).finish_non_exhaustive()
     }
 }
 
 impl Guarded {
-    /// Takes the sums. `key` is random and known to nobody else. The regions hold what nobody writes while the guest
-    /// runs, the CPU and devices included: of page tables, those made with their accessed and dirty bits set.
-    pub fn new(key: [u8; 16], regions: &[PhysRange], mem: &impl PhysMem) -> Result<Self, GuardError> {
-        let mut guarded = Self { key, regions: Vec::new(), sums: Vec::new() };
-        guarded.regions.extend_from_slice(regions).map_err(|_| GuardError::Regions(regions.len()))?;
-        for page in regions.iter().flat_map(pages) {
-            let sum = guarded.sum(mem, &page).ok_or(GuardError::Unreadable(page))?;
-            guarded.sums.push(sum).map_err(|_| GuardError::Pages)?;
+    /// Guards nothing, under a key that is no secret: [`Self::set_key`] first.
+    pub const EMPTY: Self = Self { key: [0; 16], regions: Vec::new(), sums: Vec::new(), sets: Vec::new() };
+
+    /// Sets the key, before the first sum is taken: random, and known to nobody else.
+    pub fn set_key(&mut self, key: [u8; 16]) {
+        self.key = key;
+    }
+
+    /// Guards `range`: of each of its 64-bit words the bits of `mask`, which nobody writes while the guest runs, the CPU and
+    /// devices included: of page tables, those made with their accessed and dirty bits set. On an error, nothing of it.
+    pub fn add(&mut self, range: PhysRange, mask: u64, mem: &impl PhysMem) -> Result<(), GuardError> {
+        let region = Region { range, mask };
+        let had = self.sums.len();
+        let result = pages(&range).try_for_each(|page| {
+            let sum = self.sum(mem, &page, mask).ok_or(GuardError::Unreadable(page))?;
+            self.sums.push(sum).map_err(|_| GuardError::Pages)
+        });
+        let result = result.and_then(|()| self.regions.push(region).map_err(|_| GuardError::Regions));
+        if result.is_err() {
+            self.sums.truncate(had);
         }
-        Ok(guarded)
+        result
+    }
+
+    /// Guards words of the page at `base`, from now on as they are now.
+    pub fn set_words(&mut self, base: u64, words: Words, mem: &impl PhysMem) -> Result<(), GuardError> {
+        let unreadable =
+            || PhysRange::new(base, PAGE_SIZE).map_or(GuardError::WordSets, GuardError::Unreadable);
+        let sum = self.sum_words(mem, base, words).ok_or_else(unreadable)?;
+        let set = WordSet { base, words, sum };
+        if let Some(known) = self.sets.iter_mut().find(|set| set.base == base) {
+            *known = set;
+            return Ok(());
+        }
+        self.sets.push(set).map_err(|_| GuardError::WordSets)
     }
 
     /// The first page that changed; a page that cannot be read any more has.
     pub fn check(&self, mem: &impl PhysMem) -> Option<Tampered> {
-        let mut pages = self.regions.iter().flat_map(pages).zip(&self.sums);
-        let (range, _) = pages.find(|(page, sum)| self.sum(mem, page) != Some(**sum))?;
-        Some(Tampered { range })
-    }
-
-    /// Takes new sums of the pages that hold a part of `changed`, after the MLE changed it. What SMM changed on
-    /// these pages since the last check is taken for good: check first.
-    pub fn rearm(&mut self, changed: &PhysRange, mem: &impl PhysMem) -> Result<(), GuardError> {
-        let changed = changed.page_outward();
-        let mut sums = core::mem::take(&mut self.sums);
-        let mut result = Ok(());
-        for (page, sum) in self.regions.iter().flat_map(pages).zip(&mut sums) {
-            if page.overlaps(&changed) {
-                match self.sum(mem, &page) {
-                    Some(new) => *sum = new,
-                    None => result = Err(GuardError::Unreadable(page)),
-                }
-            }
+        let pages = self.regions.iter().flat_map(|r| pages(&r.range).map(|page| (page, r.mask)));
+        let page =
+            pages.zip(&self.sums).find(|((page, mask), sum)| self.sum(mem, page, *mask) != Some(**sum));
+        if let Some(((range, _), _)) = page {
+            return Some(Tampered { range });
         }
-        self.sums = sums;
-        result
+        let set = self.sets.iter().find(|set| self.sum_words(mem, set.base, set.words) != Some(set.sum))?;
+        PhysRange::new(set.base, PAGE_SIZE).map(|range| Tampered { range })
     }
 
-    fn sum(&self, mem: &impl PhysMem, page: &PhysRange) -> Option<u64> {
+    fn sum(&self, mem: &impl PhysMem, page: &PhysRange, mask: u64) -> Option<u64> {
         let mut copy = [0; PAGE_SIZE as usize];
         let copy = copy.get_mut(..usize::try_from(page.len()).ok()?)?;
         if !mem.read(page.start(), copy) {
             return None;
         }
+        if mask != u64::MAX {
+            for (byte, mask) in copy.iter_mut().zip(mask.to_le_bytes().into_iter().cycle()) {
+                *byte &= mask;
+            }
+        }
         let mut hasher = SipHasher13::new_with_key(&self.key);
         hasher.write(copy);
+        Some(hasher.finish())
+    }
+
+    fn sum_words(&self, mem: &impl PhysMem, base: u64, words: Words) -> Option<u64> {
+        let mut hasher = SipHasher13::new_with_key(&self.key);
+        for (offset, mask) in words {
+            let mut word = [0; 8];
+            if !mem.read(base.checked_add(u64::from(*offset))?, &mut word) {
+                return None;
+            }
+            hasher.write_u64(u64::from_le_bytes(word) & mask);
+        }
         Some(hasher.finish())
     }
 }
@@ -157,10 +208,17 @@ mod tests {
         assert!(ram.write(at, &[byte[0] ^ 1 << bit]));
     }
 
+    fn guarded(key: [u8; 16], regions: &[PhysRange], ram: &Ram) -> Result<Guarded, GuardError> {
+        let mut guarded = Guarded::EMPTY;
+        guarded.set_key(key);
+        regions.iter().try_for_each(|region| guarded.add(*region, u64::MAX, ram))?;
+        Ok(guarded)
+    }
+
     #[test]
     fn a_change_is_found_with_its_page_and_only_inside() {
         let ram = ram(8);
-        let guarded = Guarded::new(KEY, &[range(0x100, 0x1f80), range(0x3000, 0x2000)], &ram).unwrap();
+        let guarded = guarded(KEY, &[range(0x100, 0x1f80), range(0x3000, 0x2000)], &ram).unwrap();
         assert_eq!(guarded.check(&ram), None);
         for (at, page) in [
             (0x0ff, None),
@@ -181,9 +239,47 @@ mod tests {
     }
 
     #[test]
+    fn bits_outside_of_the_mask_may_change() {
+        let ram = ram(2);
+        let mut guarded = Guarded::EMPTY;
+        guarded.set_key(KEY);
+        guarded.add(range(0x1000, 0x1000), !(1 << 63 | 2), &ram).unwrap();
+        for (at, bit, found) in [(0x1ff8, 1, false), (0x1fff, 7, false), (0x1ff8, 2, true), (0x1ff9, 1, true)]
+        {
+            flip(&ram, BASE + at, bit);
+            assert_eq!(guarded.check(&ram).is_some(), found, "{at:#x} {bit}");
+            flip(&ram, BASE + at, bit);
+        }
+    }
+
+    #[test]
+    fn words_are_guarded_as_they_were_last_set() {
+        const WORDS: Words = &[(0, u64::MAX), (0x58, 0xffff_ffff), (0xff8, u64::MAX)];
+        let ram = ram(2);
+        let mut guarded = Guarded::EMPTY;
+        guarded.set_key(KEY);
+        guarded.set_words(BASE + 0x1000, WORDS, &ram).unwrap();
+        for (at, found) in [(0, true), (8, false), (0x5b, true), (0x5c, false), (0xfff, true)] {
+            flip(&ram, BASE + 0x1000 + at, 0);
+            let expected = found.then_some(Tampered { range: range(0x1000, 0x1000) });
+            assert_eq!(guarded.check(&ram), expected, "{at:#x}");
+            flip(&ram, BASE + 0x1000 + at, 0);
+        }
+        flip(&ram, BASE + 0x1000, 0);
+        guarded.set_words(BASE + 0x1000, WORDS, &ram).unwrap();
+        assert_eq!((guarded.check(&ram), guarded.sets.len()), (None, 1));
+        let missing = guarded.set_words(BASE + 0x2000, WORDS, &ram);
+        assert_eq!(missing, Err(GuardError::Unreadable(range(0x2000, 0x1000))));
+        for n in 1..WORD_SETS_MAX as u64 {
+            guarded.set_words(BASE + n * 8, &[(0, 1)], &ram).unwrap();
+        }
+        assert_eq!(guarded.set_words(BASE, &[], &ram), Err(GuardError::WordSets));
+    }
+
+    #[test]
     fn exchanged_pages_are_changed_pages() {
         let ram = ram(2);
-        let guarded = Guarded::new(KEY, &[range(0, 0x2000)], &ram).unwrap();
+        let guarded = guarded(KEY, &[range(0, 0x2000)], &ram).unwrap();
         ram.write(BASE + 8, &1u64.to_le_bytes());
         ram.write(BASE + 0x1008, &0u64.to_le_bytes());
         assert!(guarded.check(&ram).is_some());
@@ -192,34 +288,26 @@ mod tests {
     #[test]
     fn the_sum_depends_on_the_key() {
         let ram = ram(1);
-        let sums = [KEY, [0; 16]].map(|key| Guarded::new(key, &[range(0, 0x1000)], &ram).unwrap().sums);
+        let sums = [KEY, [0; 16]].map(|key| guarded(key, &[range(0, 0x1000)], &ram).unwrap().sums);
         assert_ne!(sums[0], sums[1]);
     }
 
     #[test]
-    fn what_the_mle_changed_is_taken_over_and_nothing_else() {
-        let ram = ram(4);
-        let mut guarded = Guarded::new(KEY, &[range(0, 0x4000)], &ram).unwrap();
-        flip(&ram, BASE + 0x1ffe, 0);
-        flip(&ram, BASE + 0x3000, 0);
-        guarded.rearm(&range(0x1ffe, 1), &ram).unwrap();
-        assert_eq!(guarded.check(&ram), Some(Tampered { range: range(0x3000, 0x1000) }));
-        guarded.rearm(&range(0x2fff, 2), &ram).unwrap();
-        assert_eq!(guarded.check(&ram), None);
-        assert!(guarded.rearm(&range(0, 1), &Ram::new(0, 1)).is_err());
-        assert_eq!(guarded.check(&ram), None);
-    }
-
-    #[test]
-    fn limits_are_errors() {
-        let ram = ram(4);
-        let error = |regions: &[PhysRange]| Guarded::new(KEY, regions, &ram).unwrap_err();
-        assert_eq!(error(&[range(0, 1); 17]), GuardError::Regions(17));
-        assert_eq!(error(&[range(0, 0x5000)]), GuardError::Unreadable(range(0x4000, 0x1000)));
-        let large = Ram::new(BASE, 257 * 4096);
-        assert_eq!(Guarded::new(KEY, &[range(0, 257 * 4096)], &large).unwrap_err(), GuardError::Pages);
-        let most = Guarded::new(KEY, &[range(0, 256 * 4096)], &large).unwrap();
+    fn limits_are_errors_and_leave_what_was_guarded() {
+        let large = Ram::new(BASE, (PAGES_MAX + 1) * 4096);
+        let page = |n: usize| range(n as u64 * 4096, 4096);
+        let mut most = guarded(KEY, &[range(0, PAGES_MAX as u64 * 4096)], &large).unwrap();
+        assert_eq!(most.add(page(PAGES_MAX), u64::MAX, &large), Err(GuardError::Pages));
+        assert_eq!(most.check(&large), None);
         assert!(most.check(&Ram::new(0, 1)).is_some());
+        let beyond = page(PAGES_MAX + 1);
+        let all: std::vec::Vec<_> = (0..REGIONS_MAX).map(page).collect();
+        let mut many = guarded(KEY, &all, &large).unwrap();
+        assert_eq!(many.add(beyond, u64::MAX, &large), Err(GuardError::Unreadable(beyond)));
+        assert_eq!(many.add(page(REGIONS_MAX), u64::MAX, &large), Err(GuardError::Regions));
+        assert_eq!(many.check(&large), None);
+        flip(&large, BASE + 0x5000, 0);
+        assert_eq!(many.check(&large), Some(Tampered { range: page(5) }));
         let top = PhysRange::from_last(u64::MAX - 0x1800, u64::MAX).unwrap();
         assert_eq!(pages(&top).count(), 2);
     }
@@ -229,7 +317,7 @@ mod tests {
     #[ignore = "a measurement, not a test"]
     fn cost() {
         let ram = ram(128);
-        let guarded = Guarded::new(KEY, &[range(0, 128 * 4096)], &ram).unwrap();
+        let guarded = guarded(KEY, &[range(0, 128 * 4096)], &ram).unwrap();
         let start = std::time::Instant::now();
         for _ in 0..200 {
             assert_eq!(guarded.check(&ram), None);
@@ -242,7 +330,7 @@ mod tests {
         fn every_flipped_bit_is_found(start in 0u64..0x2000, len in 1u64..0x3000, key: [u8; 16], at: u64, bit in 0u8..8) {
             let ram = ram(5);
             let region = range(start, len);
-            let guarded = Guarded::new(key, &[region], &ram).unwrap();
+            let guarded = guarded(key, &[region], &ram).unwrap();
             prop_assert_eq!(guarded.check(&ram), None);
             let at = region.start() + at % len;
             flip(&ram, at, bit);

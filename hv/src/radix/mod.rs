@@ -254,6 +254,20 @@ impl Tables {
         })
     }
 
+    /// Tells `visit` the address of each table, one page each, the root first.
+    pub fn each_table<P: TablePool>(&self, pool: &P, visit: &mut dyn FnMut(u64)) {
+        self.each_table_below(pool, self.root, self.levels, visit);
+    }
+
+    fn each_table_below<P: TablePool>(&self, pool: &P, table: u64, level: u32, visit: &mut dyn FnMut(u64)) {
+        visit(table);
+        for entry in (0..ENTRIES).map(|index| pool.read(table, index)) {
+            if self.format.is_present(entry) && !self.format.is_leaf(entry, level) {
+                self.each_table_below(pool, entry & ADDRESS, level.saturating_sub(1), visit);
+            }
+        }
+    }
+
     fn mapping(&self, slot: &Slot) -> Option<Mapping> {
         self.format.is_present(slot.entry).then(|| Mapping {
             phys: slot.entry & ADDRESS,

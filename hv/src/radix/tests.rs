@@ -651,3 +651,21 @@ fn a_history_does_not_leak_tables() {
     }
     assert_eq!(pool.pages.len(), 4);
 }
+
+#[test]
+fn each_table_is_every_page_taken_from_the_pool() {
+    for case in CASES {
+        let mut pool = Pool::new(1024);
+        let tables = Tables::new(case.format, case.levels, case.largest, &mut pool).unwrap();
+        for (start, len) in [(0, 3 * KIB4), (GIB - KIB4, MIB2), (2 * GIB, MIB2), (5 * GIB, GIB)] {
+            tables.map_identity(&mut pool, range(start, len), RW, MemoryType::WriteBack).unwrap();
+        }
+        tables.unmap(&mut pool, range(5 * GIB + MIB2, KIB4)).unwrap();
+        let mut seen = Vec::new();
+        tables.each_table(&pool, &mut |table| seen.push(table));
+        assert_eq!(seen[0], tables.root());
+        seen.sort_unstable();
+        let all: Vec<u64> = (0..pool.pages.len() as u64).map(|n| POOL_BASE + n * KIB4).collect();
+        assert_eq!(seen, all, "{}", case.format.name());
+    }
+}

@@ -11,6 +11,7 @@ mod vmx_host;
 use core::fmt;
 use core::ops::{Deref, DerefMut};
 
+use firmware::smm::check::Words;
 use firmware::tables::HypercallInsn;
 use hv::io::Msr;
 use hv::radix::{self, EPT, Format, NPT, PageSize, Tables};
@@ -159,6 +160,12 @@ impl VcpuPage {
     /// Takes one.
     pub fn new(pool: &mut PagePool) -> Option<Self> {
         Some(Self(pool.object::<Vmcb>()?))
+    }
+
+    /// What of the page stays as it is while the virtual CPU lives. Of VMX nothing is known: its layout is the CPU's own, and
+    /// what counts may be in the CPU alone.
+    pub fn constant(&self, vendor: Vendor) -> Option<(u64, Words)> {
+        vendor.is_svm().then_some((self.0 as u64, svm::vcpu::CONSTANT))
     }
 }
 

@@ -57,6 +57,11 @@ impl ApicWindow {
         self.view = view;
     }
 
+    /// Where the entry is that changes.
+    pub fn entry(&self) -> u64 {
+        self.entry.as_ptr() as u64
+    }
+
     /// What the guest sees.
     pub fn view(&self) -> View {
         self.view
