@@ -10,6 +10,7 @@ use hv::launch::{
 };
 use hv::slrt::{self, Slrt, SlrtError};
 use iommu::vt_d::Protection;
+use vmx::txt::regs;
 
 /// Longest configuration file, in bytes.
 pub const MAX_CONFIG: u64 = 0x1_0000;
@@ -158,10 +159,11 @@ pub struct Txt {
 /// Registers of TXT, private and public: the guest must not reach TXT.MLE.JOIN, nor read where things are.
 ///
 /// Spec: \[TXT\] "Intel TXT Configuration Registers".
-pub const TXT_REGISTERS: PhysRange = match PhysRange::new(0xfed2_0000, 0x2_0000) {
-    Some(range) => range,
-    None => unreachable!(),
-};
+pub const TXT_REGISTERS: PhysRange =
+    match PhysRange::from_last(regs::PRIVATE, regs::PUBLIC + regs::SPACE as u64 - 1) {
+        Some(range) => range,
+        None => unreachable!(),
+    };
 
 /// Reads and checks everything. `image` is the running MLE image; `mem` reads what it may; `txt` is there after SENTER.
 pub fn read(

@@ -85,7 +85,7 @@ pub fn reset() {
 
 #[cfg(test)]
 mod tests {
-    use super::super::regs::tests::{Chipset, PRIVATE, PUBLIC};
+    use super::super::regs::tests::{Chipset, PRIVATE_PAGE as PRIVATE, PUBLIC_PAGE as PUBLIC};
     use super::*;
 
     #[test]

@@ -6,6 +6,7 @@
 use hv::addr::PhysRange;
 use hv::failure::SenterError;
 use hv::io::PhysMem;
+use vmx::txt::heap::SIZE_WORD;
 
 use super::{Error, fail};
 
@@ -22,36 +23,6 @@ pub enum Which {
     SinitMle = 3,
 }
 
-/// Field offsets.
-pub mod field {
-    /// BiosData.NumLogProcs.
-    pub const BIOS_PROCESSORS: u64 = 24;
-    /// OsMleData: version, SLRT, launch page.
-    pub const OS_MLE_VERSION: u64 = 0;
-    /// Address of the SLRT.
-    pub const OS_MLE_SLRT: u64 = 8;
-    /// Where the other CPUs are to be started.
-    pub const OS_MLE_AP_WAKE: u64 = 24;
-    /// OsSinitData.Version.
-    pub const OS_SINIT_VERSION: u64 = 0;
-    /// The MLE's page tables.
-    pub const OS_SINIT_PAGE_TABLES: u64 = 8;
-    /// PMRs: base and size, low and high.
-    pub const OS_SINIT_PMR: u64 = 32;
-    /// Capabilities that SINIT was asked for.
-    pub const OS_SINIT_CAPABILITIES: u64 = 80;
-    /// Extended elements.
-    pub const OS_SINIT_ELEMENTS: u64 = 92;
-    /// SinitMleData.Version.
-    pub const SINIT_MLE_VERSION: u64 = 0;
-    /// RlpWakeupAddr.
-    pub const SINIT_MLE_WAKEUP: u64 = 120;
-    /// NumberOfSinitMdrs, SinitMdrTableOffset.
-    pub const SINIT_MLE_MDRS: u64 = 128;
-    /// SinitVtdDmarTableSize, SinitVtdDmarTableOffset.
-    pub const SINIT_MLE_DMAR: u64 = 136;
-}
-
 /// One table.
 #[derive(Clone, Copy, Debug)]
 pub struct Table {
@@ -59,8 +30,6 @@ pub struct Table {
     /// With its size word.
     range: PhysRange,
 }
-
-const SIZE_WORD: u64 = 8;
 
 impl Table {
     /// Finds table `which` in `heap`.

@@ -1,46 +1,12 @@
 //! TXT's registers as the MLE uses them.
 
 use hv::io::Mmio;
+pub use vmx::txt::regs::*;
 
-use crate::inputs::TXT_REGISTERS;
 use crate::metal::PhysWindow;
 
-/// TXT.STS.
-pub const STS: u32 = 0x000;
-/// TXT.ESTS.
-pub const ESTS: u32 = 0x008;
-/// TXT.ERRORCODE.
-pub const ERRORCODE: u32 = 0x030;
-/// TXT.CMD.RESET.
-pub const CMD_RESET: u32 = 0x038;
-/// TXT.CMD.CLOSE-PRIVATE.
-pub const CMD_CLOSE_PRIVATE: u32 = 0x048;
-/// TXT.CMD.UNLOCK-MEM-CONFIG.
-pub const CMD_UNLOCK_MEM_CONFIG: u32 = 0x218;
-/// TXT.SINIT.BASE.
-pub const SINIT_BASE: u32 = 0x270;
-/// TXT.SINIT.SIZE.
-pub const SINIT_SIZE: u32 = 0x278;
-/// TXT.MLE.JOIN.
-pub const MLE_JOIN: u32 = 0x290;
-/// TXT.HEAP.BASE.
-pub const HEAP_BASE: u32 = 0x300;
-/// TXT.HEAP.SIZE.
-pub const HEAP_SIZE: u32 = 0x308;
-/// TXT.CMD.OPEN.LOCALITY1.
-pub const CMD_OPEN_LOCALITY1: u32 = 0x380;
-/// TXT.CMD.CLOSE.LOCALITY1.
-pub const CMD_CLOSE_LOCALITY1: u32 = 0x388;
-/// TXT.CMD.SECRETS.
-pub const CMD_SECRETS: u32 = 0x8e0;
-/// TXT.CMD.NO-SECRETS.
-pub const CMD_NO_SECRETS: u32 = 0x8e8;
-/// TXT.E2STS.
-pub const E2STS: u32 = 0x8f0;
-/// SENTER.DONE.STS and PRIVATE-OPEN.STS of TXT.STS.
-pub const STS_LAUNCHED: u32 = 1 << 0 | 1 << 7;
-/// What SINIT leaves in TXT.ERRORCODE.
-pub const ERRORCODE_SUCCESS: u32 = 0xc000_0001;
+/// What TXT.STS says after SENTER.
+pub const STS_LAUNCHED: u64 = STS_SENTER_DONE | STS_PRIVATE_OPEN;
 
 /// The private and the public page.
 pub struct Registers<M> {
@@ -53,13 +19,8 @@ impl Registers<PhysWindow> {
     /// Both pages are mapped uncached for as long as the value lives.
     #[expect(unsafe_code, reason = "makes register windows")]
     pub unsafe fn of_cpu() -> Self {
-        const PAGE: u32 = 0x1_0000;
-        let base = TXT_REGISTERS.start();
         // SAFETY: the caller's promise; there is no object at these addresses.
-        unsafe {
-            let window = |base| PhysWindow::new(base, PAGE);
-            Self::new(window(base), window(base.wrapping_add(PAGE.into())))
-        }
+        unsafe { Self::new(PhysWindow::new(PRIVATE, SPACE), PhysWindow::new(PUBLIC, SPACE)) }
     }
 }
 
@@ -106,8 +67,8 @@ pub(super) mod tests {
 
     use super::*;
 
-    pub const PRIVATE: u32 = 0;
-    pub const PUBLIC: u32 = 0x1_0000;
+    pub const PRIVATE_PAGE: u32 = 0;
+    pub const PUBLIC_PAGE: u32 = 0x1_0000;
 
     /// Registers that remember, and what was done to them.
     #[derive(Clone, Default)]
@@ -130,7 +91,7 @@ pub(super) mod tests {
             self.0.borrow_mut().registers.insert(register, value);
         }
         pub fn registers(&self) -> Registers<Page> {
-            Registers::new(Page(self.clone(), PRIVATE), Page(self.clone(), PUBLIC))
+            Registers::new(Page(self.clone(), PRIVATE_PAGE), Page(self.clone(), PUBLIC_PAGE))
         }
         pub fn writes(&self) -> Vec<(u32, u64)> {
             self.0.borrow().writes.clone()

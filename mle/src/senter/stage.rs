@@ -9,9 +9,10 @@ use hv::launch::{CordonEntry, FLAG_LOCALITY0_ALLOWED, FLAG_REGIONS_OPTIONAL, HAN
 use hv::slrt::{self, DlInfo, Header, IntelInfo, LOG_FORMAT_TPM2, LogInfo, Slrt};
 use iommu::dmar::Dmar;
 use iommu::vt_d::Protection;
+use vmx::txt::heap::{self, ELEMENT_END, ELEMENT_LOG, SIZE_WORD, capability};
 use zerocopy::FromBytes;
 
-use super::heap::{Table, Which, field};
+use super::heap::{Table, Which};
 use super::mtrr::{PAIRS_MAX, Saved};
 use super::regs::{self, Registers};
 use super::{
@@ -31,15 +32,8 @@ const MDR_SIZE: u64 = 24;
 /// Most of SINIT's memory ranges that are looked at.
 const RANGES_MAX: u32 = 64;
 /// Versions with the fields that are used; TPM 2.0.
-const OS_SINIT_VERSIONS: core::ops::RangeInclusive<u32> = 7..=16;
+const OS_SINIT_VERSIONS: core::ops::RangeInclusive<u32> = heap::os_sinit::VERSION_TPM2..=16;
 const SINIT_MLE_VERSIONS: core::ops::RangeInclusive<u32> = 8..=16;
-const OS_MLE_VERSION: u32 = 1;
-/// Capability: the other processors wait by MONITOR, not for GETSEC\[WAKEUP\].
-const WAKE_BY_MONITOR: u32 = 1 << 1;
-/// EVENT_LOG_PTR2_1, and the end of the elements.
-const ELEMENT_LOG: u32 = 8;
-const ELEMENT_END: u32 = 0;
-
 /// Where copies go: they stay for as long as the image runs.
 pub struct Buffers {
     /// SINIT's DMAR.
@@ -84,20 +78,20 @@ pub fn check<M: Mmio>(
     buffers: Buffers,
 ) -> Result<Found, Error> {
     let errorcode = registers.read(regs::ERRORCODE);
-    if errorcode != regs::ERRORCODE_SUCCESS.into() {
+    if errorcode != regs::ERRORCODE_SUCCESS {
         return fail(SenterError::ErrorCode, errorcode as u16);
     }
     let range = |base, size, error| {
         let range = PhysRange::new(registers.read(base), registers.read(size));
         range.filter(|r| r.start() >= PAGE_SIZE && r.last() < FOUR_GIB).ok_or(Error::Checked(error, 0))
     };
-    let heap = range(regs::HEAP_BASE, regs::HEAP_SIZE, SenterError::Heap)?;
+    let txt_heap = range(regs::HEAP_BASE, regs::HEAP_SIZE, SenterError::Heap)?;
     let sinit = range(regs::SINIT_BASE, regs::SINIT_SIZE, SenterError::Heap)?;
-    let table = |which| Table::find(mem, &heap, which);
+    let table = |which| Table::find(mem, &txt_heap, which);
     let (bios, os_mle) = (table(Which::Bios)?, table(Which::OsMle)?);
     let (os_sinit, sinit_mle) = (table(Which::OsSinit)?, table(Which::SinitMle)?);
 
-    let processors = bios.u32(mem, field::BIOS_PROCESSORS)?;
+    let processors = bios.u32(mem, heap::bios::PROCESSORS)?;
     if !(1..=PROCESSORS_MAX).contains(&processors) {
         return Err(bios.error(1));
     }
@@ -105,9 +99,9 @@ pub fn check<M: Mmio>(
         version if accepted.contains(&version) => Ok(()),
         _ => Err(table.error(FIELD_VERSION)),
     };
-    version(&os_mle, field::OS_MLE_VERSION, OS_MLE_VERSION..=OS_MLE_VERSION)?;
-    version(&os_sinit, field::OS_SINIT_VERSION, OS_SINIT_VERSIONS)?;
-    version(&sinit_mle, field::SINIT_MLE_VERSION, SINIT_MLE_VERSIONS)?;
+    version(&os_mle, heap::os_mle::VERSION, heap::os_mle::VERSION_1..=heap::os_mle::VERSION_1)?;
+    version(&os_sinit, heap::os_sinit::VERSION, OS_SINIT_VERSIONS)?;
+    version(&sinit_mle, heap::sinit_mle::VERSION, SINIT_MLE_VERSIONS)?;
 
     let protected = Protected::read(mem, &os_sinit)?;
     let page_tables = page_tables(mem, &os_sinit)?;
@@ -118,7 +112,7 @@ pub fn check<M: Mmio>(
         ranges.has(&what)
     };
     // Of the SLRT as much as a table can be.
-    let slrt_base = os_mle.u64(mem, field::OS_MLE_SLRT)?;
+    let slrt_base = os_mle.u64(mem, heap::os_mle::SLRT)?;
     let bytes = PhysRange::new(slrt_base, slrt::MAX_SIZE as u64);
     let bytes = bytes.filter(|r| r.last() < FOUR_GIB && !r.overlaps(&image));
     place(bytes.ok_or(os_mle.error(FIELD_SLRT))?)?;
@@ -126,15 +120,15 @@ pub fn check<M: Mmio>(
     for what in [slrt.region, slrt.log] {
         place(what)?;
     }
-    if u64::from(os_mle.u32(mem, field::OS_MLE_AP_WAKE)?) != slrt.launch_page {
+    if u64::from(os_mle.u32(mem, heap::os_mle::AP_WAKE)?) != slrt.launch_page {
         return Err(os_mle.error(FIELD_LAUNCH_PAGE));
     }
 
-    let capabilities = os_sinit.u32(mem, field::OS_SINIT_CAPABILITIES)?;
-    let wake = if capabilities & WAKE_BY_MONITOR == 0 {
+    let capabilities = os_sinit.u32(mem, heap::os_sinit::CAPABILITIES)?;
+    let wake = if capabilities & capability::WAKE_MONITOR == 0 {
         Wake::Getsec
     } else {
-        let address = u64::from(sinit_mle.u32(mem, field::SINIT_MLE_WAKEUP)?);
+        let address = u64::from(sinit_mle.u32(mem, heap::sinit_mle::WAKEUP)?);
         let word = PhysRange::new(address, 4)
             .filter(|word| address >= PAGE_SIZE && address.is_multiple_of(4) && !word.overlaps(&slrt.region));
         Wake::Monitor(word.ok_or(sinit_mle.error(FIELD_WAKEUP))?.start())
@@ -158,7 +152,7 @@ pub fn check<M: Mmio>(
         tpm_degraded: 0,
         iommu_count: 0,
     };
-    let txt = Txt { heap, sinit, page_tables, dmar, log, protection };
+    let txt = Txt { heap: txt_heap, sinit, page_tables, dmar, log, protection };
     Ok(Found { handoff, txt, saved: slrt.saved, others: processors.saturating_sub(1), wake })
 }
 
@@ -172,7 +166,7 @@ impl Protected {
             let (base, size) = (os_sinit.u64(mem, at)?, os_sinit.u64(mem, at.saturating_add(8))?);
             Ok(PhysRange::new(base, size))
         };
-        Ok(Self([region(field::OS_SINIT_PMR)?, region(field::OS_SINIT_PMR + 16)?]))
+        Ok(Self([region(heap::os_sinit::PMR)?, region(heap::os_sinit::PMR + 16)?]))
     }
 
     fn covers(&self, what: &PhysRange) -> Result<(), Error> {
@@ -196,10 +190,10 @@ impl<'a, P: PhysMem> Ranges<'a, P> {
 
     fn new(mem: &'a P, table: &'a Table) -> Result<Self, Error> {
         let bad = table.error(FIELD_RANGES);
-        let count = table.u32(mem, field::SINIT_MLE_MDRS)?;
-        let offset = u64::from(table.u32(mem, field::SINIT_MLE_MDRS + 4)?);
+        let count = table.u32(mem, heap::sinit_mle::MDRS)?;
+        let offset = u64::from(table.u32(mem, heap::sinit_mle::MDRS + 4)?);
         // Offsets of this table count from its size word.
-        let first = offset.checked_sub(8).filter(|_| (1..=RANGES_MAX).contains(&count)).ok_or(bad)?;
+        let first = offset.checked_sub(SIZE_WORD).filter(|_| (1..=RANGES_MAX).contains(&count)).ok_or(bad)?;
         Ok(Self { mem, table, first, count })
     }
 
@@ -243,7 +237,7 @@ fn page_tables(mem: &impl PhysMem, os_sinit: &Table) -> Result<PhysRange, Error>
     const ADDRESS: u64 = 0xffff_f000;
     let mut first = u64::MAX;
     let mut last = 0;
-    let mut at = os_sinit.u64(mem, field::OS_SINIT_PAGE_TABLES)? & ADDRESS;
+    let mut at = os_sinit.u64(mem, heap::os_sinit::MLE)? & ADDRESS;
     for _ in 0..3 {
         (first, last) = (first.min(at), last.max(at | (PAGE_SIZE - 1)));
         let mut entry = [0; 8];
@@ -322,11 +316,11 @@ fn copy_dmar(
     sinit_mle: &Table,
     out: &'static mut [u8; DMAR_MAX],
 ) -> Result<&'static [u8], Error> {
-    let size = sinit_mle.u32(mem, field::SINIT_MLE_DMAR)?;
-    let offset = u64::from(sinit_mle.u32(mem, field::SINIT_MLE_DMAR + 4)?);
+    let size = sinit_mle.u32(mem, heap::sinit_mle::DMAR)?;
+    let offset = u64::from(sinit_mle.u32(mem, heap::sinit_mle::DMAR + 4)?);
     let bad = Error::Checked(SenterError::Dmar, size.min(u16::MAX.into()) as u16);
     let out = usize::try_from(size).ok().and_then(|size| out.get_mut(..size)).ok_or(bad)?;
-    let at = offset.checked_sub(8).ok_or(sinit_mle.error(FIELD_DMAR))?;
+    let at = offset.checked_sub(SIZE_WORD).ok_or(sinit_mle.error(FIELD_DMAR))?;
     sinit_mle.copy(mem, at, out).map_err(|_| sinit_mle.error(FIELD_DMAR))?;
     Dmar::new(out).map(|_| &*out).map_err(|_| bad)
 }
@@ -342,7 +336,7 @@ fn copy_log(
     const LOG_ELEMENT: u32 = 28;
     const HEADER: u32 = 8;
     let bad = os_sinit.error(FIELD_LOG);
-    let mut at = field::OS_SINIT_ELEMENTS;
+    let mut at = heap::os_sinit::ELEMENTS;
     loop {
         let (kind, size) = (os_sinit.u32(mem, at)?, os_sinit.u32(mem, at.saturating_add(4))?);
         match kind {

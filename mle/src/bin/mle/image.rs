@@ -8,14 +8,17 @@ use core::panic::PanicInfo;
 
 use hv::failure::{Record, SenterError, Stage};
 use hv::launch::{Handoff, MleHeader};
-use mle::inputs::TXT_REGISTERS;
 use mle::launch::Image;
-use mle::senter::heap::field;
 use mle::senter::regs;
+use vmx::txt::heap::{SIZE_WORD, capability, os_sinit};
 
 /// What an MLE of ours can do: both ways to wake the other processors, page tables by ECX, details and authorities in PCR 17 and 18,
 /// SINIT's log in the TCG's format. Linux offers the same.
-const TXT_CAPABILITIES: u32 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 5 | 1 << 9;
+const TXT_CAPABILITIES: u32 = capability::WAKE_GETSEC
+    | capability::WAKE_MONITOR
+    | capability::ECX_PAGE_TABLES
+    | 1 << 5
+    | capability::TCG_LOG;
 const PAT_RESET: u64 = mle::slb::paging::PAT_RESET;
 
 const fn errorcode(error: SenterError) -> u32 {
@@ -34,19 +37,19 @@ global_asm!(
     capabilities = const TXT_CAPABILITIES,
     data = const 0x10,
     code64 = const 0x18,
-    private = const TXT_REGISTERS.start() as u32,
-    public = const TXT_REGISTERS.start() as u32 + 0x1_0000,
+    private = const regs::PRIVATE as u32,
+    public = const regs::PUBLIC as u32,
     sts = const regs::STS,
-    sts_wanted = const regs::STS_LAUNCHED,
+    sts_wanted = const regs::STS_LAUNCHED as u32,
     heap_base = const regs::HEAP_BASE,
     heap_size = const regs::HEAP_SIZE,
     errorcode = const regs::ERRORCODE,
     cmd_reset = const regs::CMD_RESET,
     e2sts = const regs::E2STS,
-    os_sinit_min = const field::OS_SINIT_ELEMENTS,
-    page_tables = const field::OS_SINIT_PAGE_TABLES,
-    pmr_low_base = const field::OS_SINIT_PMR,
-    pmr_low_size = const field::OS_SINIT_PMR + 8,
+    os_sinit_min = const SIZE_WORD + os_sinit::ELEMENTS,
+    page_tables = const SIZE_WORD + os_sinit::MLE,
+    pmr_low_base = const SIZE_WORD + os_sinit::PMR,
+    pmr_low_size = const SIZE_WORD + os_sinit::PMR + 8,
     region_size = const core::mem::offset_of!(MleHeader, region_size),
     not_senter = const errorcode(SenterError::NotSenter),
     bad_heap = const errorcode(SenterError::Heap),

@@ -68,7 +68,7 @@ senter_entry:
     cmp     eax, {sts_wanted}
     jne     senter_fail
 
-    # The third table of the heap: esi, with {os_sinit_min} bytes at least behind its size word.
+    # The third table of the heap: esi, of {os_sinit_min} bytes at least, its size word included.
     mov     ecx, {bad_heap}
     cmp     dword ptr [{private} + {heap_base} + 4], 0
     jne     senter_fail
@@ -90,23 +90,23 @@ senter_entry:
     jc      senter_fail
     dec     edx
     jnz     1b
-    cmp     edi, {os_sinit_min} + 8
+    cmp     edi, {os_sinit_min}
     jb      senter_fail
     cmp     dword ptr [esi + 4], 0
     jne     senter_fail
-    cmp     dword ptr [esi], {os_sinit_min} + 8
+    cmp     dword ptr [esi], {os_sinit_min}
     jb      senter_fail
 
     # The region, as long as our own header says, lies in the low protected range: ebx - base, then size - that.
     mov     ecx, {uncovered}
-    cmp     dword ptr [esi + 8 + {pmr_low_base} + 4], 0
+    cmp     dword ptr [esi + {pmr_low_base} + 4], 0
     jne     senter_fail
-    cmp     dword ptr [esi + 8 + {pmr_low_size} + 4], 0
+    cmp     dword ptr [esi + {pmr_low_size} + 4], 0
     jne     senter_fail
     mov     eax, ebx
-    sub     eax, [esi + 8 + {pmr_low_base}]
+    sub     eax, [esi + {pmr_low_base}]
     jb      senter_fail
-    mov     edx, [esi + 8 + {pmr_low_size}]
+    mov     edx, [esi + {pmr_low_size}]
     sub     edx, eax
     jb      senter_fail
     cmp     edx, [ebx + {region_size}]
@@ -114,7 +114,7 @@ senter_entry:
 
     # Page i of the image is at ebx + i * 4096: one table maps all of them.
     mov     ecx, {bad_tables}
-    lea     edi, [esi + 8 + {page_tables}]      # root pointer, first root entry, first directory entry
+    lea     edi, [esi + {page_tables}]      # root pointer, first root entry, first directory entry
     mov     edx, 3
 2:  cmp     dword ptr [edi + 4], 0
     jne     senter_fail
