@@ -70,6 +70,7 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test -p tests --test vmx
 	$(CARGO) test -p tests --test machine -- --test-threads=2
 	$(CARGO) test -p tests --test services -- --test-threads=2
+	$(CARGO) test -p tests --test senter -- --test-threads=2
 	$(BENCH) attacks
 
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory

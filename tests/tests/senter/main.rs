@@ -1,0 +1,137 @@
+//! The MLE from the state that SENTER leaves, on a machine with QEMU's VT-d: no loader, no SINIT, but memory, TXT's registers and
+//! processors as those leave them. The one change to the image: GETSEC, which the emulated CPU does not know, does nothing.
+
+mod memory;
+mod stub;
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use hv::failure::{Record, SenterError, Stage};
+use memory::Wrong;
+use tests::child::{self, Guarded};
+use tests::run_dir::RunDir;
+use tests::swtpm::Swtpm;
+use tests::{images, paths};
+use vmx::txt::regs;
+
+/// Both pages.
+const REGISTERS: usize = 0x2_0000;
+const GETSEC: [u8; 2] = [0x0f, 0x37];
+
+struct Machine {
+    qemu: Guarded,
+    _tpm: Swtpm,
+    dir: RunDir,
+}
+
+impl Machine {
+    /// Starts it.
+    fn start(cpus: u32, wrong: Wrong) -> Self {
+        let dir = RunDir::create(&paths::build()).unwrap();
+        let mut mle = fs::read(paths::mle()).unwrap();
+        let at = mle.windows(2).position(|bytes| bytes == GETSEC).unwrap();
+        assert!(at < 4096);
+        mle[at..at + 2].fill(0x90);
+        let read = |path: &Path| fs::read(path).unwrap();
+        let mut initrd = read(&paths::initrd());
+        initrd.resize(initrd.len().next_multiple_of(4), 0);
+        let cmdline = "console=ttyS0";
+        let pieces = memory::pieces(&mle, read(&paths::kernel()), initrd, cmdline, cpus, wrong);
+
+        let mut page = vec![0; REGISTERS / 2];
+        for (register, value) in [
+            (regs::STS, regs::STS_SENTER_DONE | regs::STS_PRIVATE_OPEN),
+            (regs::ERRORCODE, regs::ERRORCODE_SUCCESS),
+            (regs::SINIT_BASE, memory::SINIT),
+            (regs::SINIT_SIZE, 0x1_0000),
+            (regs::HEAP_BASE, memory::HEAP),
+            (regs::HEAP_SIZE, memory::HEAP_SIZE),
+        ] {
+            page[register as usize..][..8].copy_from_slice(&value.to_le_bytes());
+        }
+        fs::write(dir.file("txt"), [page.as_slice(), &page].concat()).unwrap();
+
+        let tpm = Swtpm::start(&dir, "sha256").unwrap();
+        let mut command = child::command("qemu-system-x86_64");
+        let arguments = format!(
+            "-machine q35,smm=off -cpu EPYC,+svm,+npt,-x2apic -smp {cpus} -m {}M -nodefaults -display none
+             -no-reboot -serial file:console.log -device intel-iommu -device ivshmem-plain,memdev=txt
+             -object memory-backend-file,id=txt,mem-path=txt,share=on,size={REGISTERS}
+             -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm,chardev=tpm -device tpm-tis,tpmdev=tpm",
+            memory::SIZE >> 20
+        );
+        command.current_dir(dir.path()).args(arguments.split_whitespace());
+        for (index, (address, bytes)) in pieces.into_iter().enumerate() {
+            let name = format!("piece{index}");
+            fs::write(dir.file(&name), bytes).unwrap();
+            if index == 0 {
+                command.args(["-kernel", &name]);
+            } else {
+                command.args(["-device", &format!("loader,file={name},addr={address:#x},force-raw=on")]);
+            }
+        }
+        let qemu = Guarded::spawn("qemu", command, &dir.file("qemu.log")).unwrap();
+        Self { qemu, _tpm: tpm, dir }
+    }
+
+    fn console(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.dir.file("console.log")).unwrap_or_default()).into_owned()
+    }
+
+    fn register(&self, register: u32) -> u64 {
+        let bytes = fs::read(self.dir.file("txt")).unwrap();
+        u64::from_le_bytes(bytes[register as usize..][..8].try_into().unwrap())
+    }
+
+    /// Waits until `done`, or the machine's end.
+    fn wait(&mut self, time: Duration, done: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + time;
+        while !done(self) {
+            let ended = self.qemu.ended().unwrap();
+            let qemu = || fs::read_to_string(self.dir.file("qemu.log")).unwrap_or_default();
+            assert!(ended.is_none() && Instant::now() < end, "{ended:?}\n{}\n{}", self.console(), qemu());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+#[test]
+fn linux_starts_behind_vt_d() {
+    images::build().unwrap();
+    images::build_initrd().unwrap();
+    let mut machine = Machine::start(2, Wrong::Nothing);
+    machine.wait(Duration::from_secs(240), |m| m.console().contains("a shell on the console"));
+    let console = machine.console();
+    for line in ["1 IOMMU(s) deny all DMA", "DMA open to it alone", "smp: Brought up 1 node, 2 CPUs", "AHCI"]
+    {
+        assert!(console.contains(line), "{line}\n{console}");
+    }
+    // The guest is shown neither the table of IOMMUs nor that there is any.
+    assert!(!console.contains("DMAR"), "{console}");
+    assert_eq!(machine.register(regs::ERRORCODE), 0);
+    assert_eq!(machine.register(regs::CMD_SECRETS) & 1, 1);
+    assert_eq!(machine.register(regs::CMD_OPEN_LOCALITY1) & 1, 1);
+}
+
+#[test]
+fn what_sinit_did_not_vouch_for_ends_in_a_reset_with_the_reason() {
+    images::build().unwrap();
+    images::build_initrd().unwrap();
+    for (wrong, error, silent) in [
+        (Wrong::PageTables, SenterError::PageTables, true),
+        (Wrong::Protected, SenterError::Region, true),
+        (Wrong::HeapSize, SenterError::Heap, true),
+        (Wrong::Ranges, SenterError::Memory, false),
+        (Wrong::Silent, SenterError::Missing, false),
+    ] {
+        let mut machine = Machine::start(2, wrong);
+        machine.wait(Duration::from_secs(60), |m| m.register(regs::CMD_RESET) & 1 == 1);
+        let record = Record::from_errorcode(machine.register(regs::ERRORCODE) as u32).unwrap();
+        assert_eq!((record.stage, record.code), (Stage::Senter, error as u16), "{wrong:?}");
+        assert_eq!(machine.register(regs::CMD_SECRETS) & 1, 0);
+        // Up to the check of page tables and ranges there is no stack, so no message.
+        assert_eq!(machine.console().contains("cordon: FATAL: after SENTER"), !silent, "{wrong:?}");
+    }
+}
