@@ -74,6 +74,7 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(BENCH) attacks
 
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
+	$(CARGO) test -p tests --test vmx -- --ignored
 	$(CARGO) test -p tests --test services -- --ignored
 	$(CARGO) test -p tests --test attacks -- --ignored
 	$(CARGO) test -p tests --test machine -- --ignored --nocapture

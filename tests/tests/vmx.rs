@@ -2,30 +2,47 @@
 
 use std::fs;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tests::child::{self, Guarded};
+use tests::machine::Board;
 use tests::run_dir::RunDir;
 use tests::{images, paths};
 
 const BOCHS_BIOS: &str = "$BXSHARE/BIOS-bochs-latest";
 /// Leaves IA32_FEATURE_CONTROL unlocked.
 const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
-/// Twenty cylinders of 16 heads and 63 sectors.
-const DISK: u64 = 20 * 16 * 63 * 512;
-/// Where in the boot sector the number of CPUs goes.
+/// Cylinders of 16 heads and 63 sectors.
+const CYLINDER: usize = 16 * 63 * 512;
+/// Where in the boot sector the number of CPUs goes, and the lengths of kernel and RAM disk.
 const CPUS_AT: usize = 2;
+const FILES_AT: usize = 4;
+/// Where on the disk they are.
+const KERNEL_AT: usize = 0x1000 * 512;
+const INITRD_AT: usize = 0x1_0000 * 512;
 
-/// Runs the program on a CPU of this model; gives what it says.
-fn run(model: &str, cpus: u8, bios: &str) -> String {
+/// The program's disk, with a kernel and its RAM disk to run as guest.
+fn disk(cpus: u8, files: Option<(Vec<u8>, Vec<u8>)>) -> Vec<u8> {
     images::build_bare().expect("the program");
-    let dir = RunDir::create(&paths::build()).expect("run folder");
     let mut disk = fs::read(paths::bare()).expect("the program");
     disk[CPUS_AT] = cpus;
-    disk.resize(DISK as usize, 0);
+    if let Some((kernel, initrd)) = files {
+        for (at, from, file) in [(FILES_AT, KERNEL_AT, kernel), (FILES_AT + 4, INITRD_AT, initrd)] {
+            disk[at..at + 4].copy_from_slice(&(file.len() as u32).to_le_bytes());
+            disk.resize(from, 0);
+            disk.extend(file);
+        }
+    }
+    disk.resize(disk.len().next_multiple_of(CYLINDER).max(20 * CYLINDER), 0);
+    disk
+}
+
+/// Starts a machine with a CPU of this model.
+fn start(model: &str, cpus: u8, bios: &str, disk: &[u8]) -> (Guarded, RunDir) {
+    let dir = RunDir::create(&paths::build()).expect("run folder");
     fs::write(dir.file("disk.img"), disk).unwrap();
     let configuration = format!(
-        "memory: guest=512, host=64
+        "memory: guest=512, host=512
 cpu: model={model}, count={cpus}, ips=50000000, reset_on_triple_fault=0
 romimage: file={bios}
 vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
@@ -39,6 +56,7 @@ error: action=report
 info: action=report
 debug: action=ignore
 port_e9_hack: enabled=1
+com1: enabled=1, mode=file, dev=serial.txt
 sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
 "
     );
@@ -49,7 +67,12 @@ sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
     command.current_dir(dir.path()).args(["-q", "-f", "bochs.txt", "-rc", "go"]);
     command.env("SDL_VIDEODRIVER", "dummy").env("SDL_AUDIODRIVER", "dummy");
     command.stdin(Stdio::null()).stdout(fs::File::create(dir.file("said")).unwrap());
-    let mut bochs = Guarded::spawn("bochs-bin", command, &dir.file("bochs.err")).expect("start");
+    (Guarded::spawn("bochs-bin", command, &dir.file("bochs.err")).expect("start"), dir)
+}
+
+/// Runs the program on a CPU of this model; gives what it says.
+fn run(model: &str, cpus: u8, bios: &str) -> String {
+    let (mut bochs, dir) = start(model, cpus, bios, &disk(cpus, None));
     let ended = bochs.wait(Duration::from_secs(120)).unwrap();
     bochs.kill();
     let said = String::from_utf8_lossy(&fs::read(dir.file("said")).unwrap()).into_owned();
@@ -97,8 +120,34 @@ fn check(said: &str, xsave: bool) {
     assert_eq!((value("cr0") & 0x20, value("cr4") & 0x6000), (0, 0), "NE as written, VMXE not there");
     assert_eq!(value("answer"), 0x4242);
     assert_eq!(value("xcr0"), if xsave { 3 } else { 0 });
+    let mut ends = said.lines().filter_map(|line| line.strip_prefix("sandbox: "));
+    for expected in SANDBOX {
+        let end = ends.next().unwrap_or("none");
+        assert!(end.starts_with(expected), "the sandbox ends by {end}, not {expected}: {said}");
+    }
+    assert_eq!(ends.next(), None);
+    // And with it that the guest's CR2 and KERNEL_GS_BASE are as they were.
     assert!(said.contains("\ndone"), "{said}");
 }
+
+/// How each piece of the sandbox's code ends: exits of CR and DR accesses and MONITOR are for what nobody asked for.
+const SANDBOX: [&str; 15] = [
+    "Cpuid",
+    "Halt",
+    "Port { port: 112, size: 1, input: true, string: false, next_rip: ",
+    "MsrRead",
+    "Exception { vector: 6, error: 0 }",
+    "unexpected exit 0x1c",
+    "unexpected exit 0x1c",
+    "unexpected exit 0x1d",
+    "unexpected exit 0x1c",
+    "Hypercall",
+    "Write of 0x1100000",
+    "unexpected exit 0x27",
+    "Halt",
+    "Interrupt",
+    "Cpuid",
+];
 
 #[test]
 fn a_guest_on_the_oldest_cpu_that_will_do() {
@@ -135,4 +184,26 @@ fn a_cpu_without_what_is_needed_is_refused_by_name() {
     assert!(said.contains("refused: VMX lacks bit 7 of MSR 0x48b (unrestricted guest)"), "{said}");
     let said = run("core2_penryn_t9600", 1, BOCHS_BIOS);
     assert!(said.contains("refused: VMX lacks bit"), "{said}");
+}
+
+/// A minute or two.
+#[test]
+#[ignore = "make test-all"]
+fn a_stock_kernel_reaches_its_first_process() {
+    images::build_for(Board::Intel).expect("the RAM disk");
+    let file = |path| fs::read(path).expect("a file of the bench");
+    let disk = disk(1, Some((file(paths::cloud_kernel()), file(paths::cloud_initrd()))));
+    let (mut bochs, dir) = start("corei5_arrandale_m520", 1, BOCHS_BIOS, &disk);
+    let end = Instant::now() + Duration::from_secs(600);
+    let console = loop {
+        let console = fs::read(dir.file("serial.txt")).unwrap_or_default();
+        let console = String::from_utf8_lossy(&console).into_owned();
+        // Without the bench at the other end of its second serial port.
+        if console.contains("init: a shell on the console") {
+            break console;
+        }
+        assert!(Instant::now() < end && bochs.ended().unwrap().is_none(), "no first process: {console}");
+        std::thread::sleep(Duration::from_millis(200));
+    };
+    assert!(!console.contains("Oops") && !console.contains("BUG:"), "{console}");
 }

@@ -14,10 +14,13 @@ global_asm!(
     ".global boot",
     "boot:",
     "jmp 10f",
-    // How many CPUs there are: the bench writes it here.
+    // The bench writes these: how many CPUs there are, lengths of kernel and RAM disk.
     ".org boot + 2",
     ".global boot_cpus",
     "boot_cpus: .byte 1",
+    ".org boot + 4",
+    ".global boot_files",
+    "boot_files: .long 0, 0",
     // Disk address packet: size, sectors, offset, segment, block.
     ".balign 4",
     "packet: .byte 16, 0",

@@ -6,7 +6,11 @@ mod boot;
 #[cfg(target_os = "none")]
 mod guest;
 #[cfg(target_os = "none")]
+mod linux;
+#[cfg(target_os = "none")]
 mod metal;
+#[cfg(target_os = "none")]
+mod sandbox;
 
 /// The image exists for `x86_64-unknown-none` alone; here it is a name that says so.
 #[cfg(not(target_os = "none"))]

@@ -14,13 +14,14 @@ use mle::guest::exits::{self, Next};
 use mle::guest::{apic_window, msr, ports};
 use mle::launch::Image;
 use mle::memory::ApicPage;
-use mle::metal::{Msrs, PhysWindow, TscClock};
+use mle::metal::{Msrs, PhysWindow, Ports, TscClock};
 use mle::pool::PagePool;
 use mle::smp::{self, Setup};
 use mle::trap::{self, Frame};
 use mle::{paging, run};
 
 use crate::guest::{self, Results};
+use crate::{linux, sandbox};
 
 unsafe extern "C" {
     static bare_start: u8;
@@ -29,6 +30,7 @@ unsafe extern "C" {
     static bare_file_end: u8;
     static bare_end: u8;
     static boot_cpus: u8;
+    static boot_files: [u32; 2];
 }
 
 /// Port E9h.
@@ -80,6 +82,11 @@ fn range(start: u64, len: u64) -> PhysRange {
 /// Called by the boot code.
 pub extern "sysv64" fn main() -> ! {
     trap::on_fatal(fault);
+    // The BIOS left the old interrupt controller on.
+    for port in [0x21, 0xa1] {
+        // SAFETY: masks its inputs.
+        unsafe { x86::io::outb(port, 0xff) };
+    }
     let image = Image {
         start: &raw const bare_start as u64 & !0xfff,
         rodata: &raw const bare_rodata as u64,
@@ -120,7 +127,14 @@ pub extern "sysv64" fn main() -> ! {
 
     let mut space = AddressSpace::new(36, region, None).unwrap();
     space.assign(range(0, guest::HOLE), Kind::Ram).unwrap();
-    space.assign(range(0x100_0000, 0x100_0000), Kind::Ram).unwrap();
+    space.assign(range(0x100_0000, sandbox::AREA - 0x100_0000), Kind::Ram).unwrap();
+    // SAFETY: words of the boot sector.
+    let [kernel, initrd] = unsafe { (&raw const boot_files).read_volatile() };
+    if kernel != 0 {
+        space.assign(range(sandbox::AREA, 0x2000_0000 - sandbox::AREA), Kind::Ram).unwrap();
+    } else {
+        space.assign(range(sandbox::AREA, sandbox::SIZE), Kind::FirmwareImage).unwrap();
+    }
     let largest = vendor.largest_nested(PageSize::Size1G);
     let nested = Tables::new(vendor.nested_format(), 4, largest, &mut pool).unwrap();
     vendor.map_guest(&space, &nested, &mut pool, &msrs, 36).unwrap();
@@ -158,6 +172,18 @@ pub extern "sysv64" fn main() -> ! {
     smp::start(setups, range(0x9_0000, 2 * PAGE_SIZE), &own, &mut pool, &local, &clock).unwrap();
     say!("{aps} other CPU(s) wait");
 
+    if kernel != 0 {
+        // SAFETY: a page of this CPU's.
+        let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &bsp) };
+        let cr3 = paging::open_identity(&mut PoolAt(0x9_8000)).unwrap();
+        // SAFETY: memory of the guest's.
+        unsafe { linux::load(&mut *vcpu, cr3, 0x9_7000, kernel, initrd) };
+        // SAFETY: bare metal.
+        let ports = unsafe { Ports::new() };
+        loop {
+            run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0);
+        }
+    }
     load_guest();
     // SAFETY: a page of this CPU's.
     let mut vcpu = unsafe { Vcpu::new(page, Role::Guest, &bsp) };
@@ -190,7 +216,12 @@ pub extern "sysv64" fn main() -> ! {
     say!("{results:x?}");
     say!("the other CPU started {started} times");
     run::write_counts(&mut Console);
-    say!("done");
+    let own_cr3 = paging::open_identity(&mut PoolAt(sandbox::TABLES)).unwrap();
+    let (ends, kept) = sandbox::run(vendor, &space, &mut pool, &mut cpu, &msrs, &local.0, own_cr3);
+    for end in ends {
+        say!("sandbox: {end}");
+    }
+    say!("{}", if kept { "done" } else { "the sandbox changed registers of the guest" });
     shutdown()
 }
 
