@@ -1,6 +1,6 @@
 use std::cell::RefCell;
 
-use hv::launch::{Blob, DMA_AREA_SIZE, MLE_VERSION, POLICY, policy_entries};
+use hv::launch::{Blob, DMA_AREA_SIZE, MLE_VERSION, MleHeader, POLICY, policy_entries};
 use hv::slrt::{ARCH_SKINIT, ARCH_TXT, Builder, MtrrPair, entry_header};
 use iommu::model::dmar;
 use proptest::prelude::*;
@@ -183,9 +183,13 @@ impl Left {
     }
 
     fn run(&self) -> Result<Found, Error> {
+        self.run_on(&self.heap(), &self.slrt())
+    }
+
+    fn run_on(&self, heap: &[u8], slrt: &[u8]) -> Result<Found, Error> {
         let memory = Memory::default();
-        memory.write(HEAP, &self.heap());
-        memory.write(SLRT, &self.slrt());
+        memory.write(HEAP, heap);
+        memory.write(SLRT, slrt);
         memory.write(LOG, b"event");
         memory.write(TABLES, &(TABLES + 0x1001).to_le_bytes());
         memory.write(TABLES + 0x1000, &(TABLES + 0x2001).to_le_bytes());
@@ -225,6 +229,66 @@ fn an_honest_launch_is_taken() {
     assert_eq!((found.saved.count, found.saved.pairs[0]), (1, [0x8000_0000, 0xff_8000_0800]));
     let optional = Left { flags: FLAG_REGIONS_OPTIONAL, capabilities: 1, ..right() }.run().unwrap();
     assert_eq!((optional.txt.protection, optional.wake), (Protection::InForceIfAny, Wake::Getsec));
+}
+
+/// The tables as the product's loader builds them, with SINIT's in place of the empty one.
+#[test]
+fn what_the_loader_builds_is_taken() {
+    use loader::table::{INTEL_OFFSET, LOG_SIZE, Launch, Technology, build};
+    let right = right();
+    let mut info = IntelInfo::new_zeroed();
+    info.hdr = entry_header::<IntelInfo>(slrt::TAG_INTEL);
+    info.mtrr_count = 1.into();
+    info.mtrr_pairs[0] = MtrrPair { base: 6.into(), mask: 0x800.into() };
+    let mut mle = MleHeader::new_zeroed();
+    mle.image_size = (2 * MIB).into();
+    mle.region_size = REGION_SIZE.into();
+    let (slrt, _) = build(&Launch {
+        technology: Technology::Senter { sinit: Blob::default(), entry: 0x74, info },
+        mle_base: REGION,
+        mle,
+        log: LOG,
+        kernel: Blob::default(),
+        initrd: Blob::default(),
+        cmdline: Blob::default(),
+        config: Blob::default(),
+        memory_map: Blob::default(),
+        descriptor_size: 48,
+        descriptor_version: 1,
+        system_table: 0,
+        rsdp: 0,
+        launch_page: LAUNCH_PAGE,
+        screen_info: [0; 64],
+        allow_locality0: false,
+        optional_regions: true,
+    })
+    .unwrap();
+    let mut built = heap::build(&heap::Contents {
+        slrt: SLRT,
+        info: SLRT + INTEL_OFFSET,
+        launch_page: (LAUNCH_PAGE as u32, 0x2000),
+        page_tables: TABLES,
+        mle_size: 2 * MIB,
+        mle_header: 0x40,
+        pmr: [0, 0x3000_0000, 0, 0],
+        capabilities: capability::WAKE_MONITOR,
+        rsdp: 0,
+        log: (LOG, LOG_SIZE),
+    })
+    .to_vec();
+    // SINIT logs five bytes, and writes its own table.
+    let next = (SIZE_WORD + heap::os_mle::SIZE + SIZE_WORD + heap::os_sinit::ELEMENTS + 24) as usize;
+    built[next..next + 4].copy_from_slice(&5_u32.to_le_bytes());
+    built.truncate(built.len() - SIZE_WORD as usize);
+    let ours = right.heap();
+    let sizes = |index: usize| {
+        (0..index).fold(0, |at, _| at + u64::from_le_bytes(ours[at..at + 8].try_into().unwrap()) as usize)
+    };
+    let heap = [&ours[..sizes(1)], &built, &ours[sizes(3)..]].concat();
+    let found = right.run_on(&heap, &slrt).unwrap();
+    assert_eq!((found.saved.count, found.saved.pairs[0]), (1, [6, 0x800]));
+    assert_eq!((found.txt.log, found.wake), (b"event".as_slice(), Wake::Monitor(WAKEUP)));
+    assert_eq!(found.txt.protection, Protection::InForceIfAny);
 }
 
 #[test]
