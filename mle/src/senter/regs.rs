@@ -43,7 +43,7 @@ impl<M: Mmio> Registers<M> {
 
     /// Gives a command.
     pub fn command(&self, register: u32) {
-        self.private.write8(register, 1);
+        self.private.write64(register, 1);
         let _ = self.private.read64(E2STS);
     }
 
@@ -54,7 +54,7 @@ impl<M: Mmio> Registers<M> {
 
     /// Closes the private page, and with it localities 2 and 3 of the TPM: what follows goes by the public one.
     pub fn close_private(&self) {
-        self.private.write8(CMD_CLOSE_PRIVATE, 1);
+        self.private.write64(CMD_CLOSE_PRIVATE, 1);
         let _ = self.public.read64(E2STS);
     }
 }
