@@ -12,6 +12,7 @@ use hv::io::PhysMem;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::sandbox::SMI_COMMAND;
 use crate::tables::{TablesError, checksum, read_at};
 
 /// Most tables that the root table may name, and the DSDT.
@@ -259,6 +260,30 @@ pub fn pm_timer(mem: &impl PhysMem, tables: &Tables) -> Option<u16> {
     (port >= 0x400 && port.is_multiple_of(4) && !(0xcf8..0xd00).contains(&port)).then_some(port)
 }
 
+/// Ports that the FADT names and that matter to the sandbox.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ports {
+    /// See [`pm_timer`].
+    pub pm_timer: Option<u16>,
+    /// The SMI command port, where it is another than [`SMI_COMMAND`]: see [`smi_command`].
+    pub smi_command: Option<u16>,
+}
+
+/// The FADT's SMI command port, where it is another than [`SMI_COMMAND`]. A port that other devices are known to have is an
+/// error, the field's value: guarding it would take them from the guest.
+///
+/// Spec: \[ACPI\] "Fixed ACPI Description Table": SMI_CMD.
+pub fn smi_command(mem: &impl PhysMem, tables: &Tables) -> Result<Option<u16>, u32> {
+    // Interrupt controllers, timer, keyboard, clock, DMA, port 92h.
+    const LEGACY_END: u16 = 0xa2;
+    let field = tables.find(FADT).and_then(|fadt| fadt_field(mem, fadt, 48)).map_or(0, u32::from_le_bytes);
+    match u16::try_from(field) {
+        Ok(0 | SMI_COMMAND) => Ok(None),
+        Ok(port) if port >= LEGACY_END && !(0xcf8..0xd00).contains(&port) => Ok(Some(port)),
+        _ => Err(field),
+    }
+}
+
 /// The ports by which the guest ends the machine, as the FADT has them: PM1 control (a, b), and the reset register with
 /// the value that resets.
 ///
@@ -397,6 +422,25 @@ pub(crate) mod tests {
         }
     }
 
+    #[test]
+    fn an_smi_command_port_is_guarded_unless_another_device_has_it() {
+        for (value, expected) in [
+            (0u32, Ok(None)),
+            (0xb2, Ok(None)),
+            (0xb0, Ok(Some(0xb0))),
+            (0x1480, Ok(Some(0x1480))),
+            (0x64, Err(0x64)),
+            (0x92, Err(0x92)),
+            (0xcfc, Err(0xcfc)),
+            (0x1_00b2, Err(0x1_00b2)),
+        ] {
+            let ram = machine(true);
+            assert!(ram.write(0x2000 + 48, &value.to_le_bytes()));
+            let tables = Tables::read(&ram, RSDP_AT).unwrap();
+            assert_eq!(smi_command(&ram, &tables), expected, "{value:#x}");
+        }
+    }
+
     proptest! {
         #[test]
         fn no_tables_panic(
@@ -409,7 +453,7 @@ pub(crate) mod tests {
                 ram.write(0x1000 + at, &[byte]);
             }
             if let Ok(tables) = Tables::read(&ram, RSDP_AT) {
-                let _ = pm_timer(&ram, &tables);
+                let _ = (pm_timer(&ram, &tables), smi_command(&ram, &tables));
                 let mut out = [0; FILTERED_MAX];
                 prop_assert!(tables.write_filtered(&[*b"IVRS"], 0, &mut out).is_ok());
             }

@@ -7,6 +7,7 @@ use core::fmt;
 
 use hv::vcpu::{Access, Exit};
 
+use crate::acpi::Ports;
 use crate::config::{Config, Denied, OnDeath, PortRange, SandboxConfig};
 
 /// Index port of the real-time clock.
@@ -21,8 +22,8 @@ const RTC_LAST: u8 = 0x0d;
 const RTC_CENTURY: u8 = 0x32;
 /// Data port of the real-time clock.
 const RTC_DATA: u16 = 0x71;
-/// Writes raise a software SMI. Fixed: the ACPI table that could name another port is firmware's own
-/// word, and would give it the port it likes.
+/// Writes raise a software SMI. The ACPI table that may name another port is firmware's own word, and would give the sandbox
+/// the port it likes: another counts for it only if the configuration lists it, too.
 pub const SMI_COMMAND: u16 = 0xb2;
 /// A byte that travels with the SMI; writing it does nothing.
 const SMI_DATA: u16 = 0xb3;
@@ -177,7 +178,9 @@ pub enum Verdict {
     DenyMsr,
     /// Raise a software SMI with this command byte, advance, run on.
     RaiseSmi {
-        /// The byte written to [`SMI_COMMAND`].
+        /// [`SMI_COMMAND`], or the other port that the FADT names.
+        port: u16,
+        /// The byte written there.
         command: u8,
     },
     /// The firmware returned; RAX is its status.
@@ -214,7 +217,7 @@ pub struct Counters {
 pub struct Sandbox {
     state: State,
     config: SandboxConfig,
-    pm_timer: Option<u16>,
+    acpi: Ports,
     /// The register of the clock that it selected last.
     rtc_index: u8,
     exits: u32,
@@ -222,11 +225,10 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// A sandbox that is ready. `pm_timer` is the port of the ACPI timer, which firmware waits with and
-    /// may read: see [`crate::acpi::pm_timer`].
-    pub fn new(config: &Config, pm_timer: Option<u16>) -> Self {
+    /// A sandbox that is ready. `acpi`: firmware waits with the ACPI timer, and may read it.
+    pub fn new(config: &Config, acpi: Ports) -> Self {
         let config = config.sandbox.clone();
-        Self { state: State::Ready, config, pm_timer, rtc_index: 0, exits: 0, counters: Counters::default() }
+        Self { state: State::Ready, config, acpi, rtc_index: 0, exits: 0, counters: Counters::default() }
     }
 
     fn limit_us(&self) -> u64 {
@@ -362,6 +364,7 @@ impl Sandbox {
 
     /// A wider access reaches the next ports too, so each port has one width.
     fn port(&self, port: u16, size: u8, input: bool, al: u8) -> Verdict {
+        let reached = |smi: u16| smi.checked_sub(port).is_some_and(|offset| offset < u16::from(size));
         match (port, size, input) {
             (RTC_INDEX, 1, false) => Verdict::SelectRtc { index: al & !NMI_MASK },
             // CMOS memory is not the clock's: others keep their settings there.
@@ -369,10 +372,17 @@ impl Sandbox {
                 self.denied(port, input)
             }
             (RTC_INDEX | RTC_DATA | SMI_DATA, 1, _) | (SMI_COMMAND, 1, true) => Verdict::PassPort,
-            (SMI_COMMAND, 1, false) => Verdict::RaiseSmi { command: al },
-            (p, 4, true) if Some(p) == self.pm_timer => Verdict::PassPort,
-            _ if self.config.ports.iter().any(|r| r.width == size && whole(r, port)) => Verdict::PassPort,
-            _ => self.denied(port, input),
+            (SMI_COMMAND, 1, false) => Verdict::RaiseSmi { port, command: al },
+            (p, 4, true) if Some(p) == self.acpi.pm_timer => Verdict::PassPort,
+            _ if !self.config.ports.iter().any(|r| r.width == size && whole(r, port)) => {
+                self.denied(port, input)
+            }
+            (p, 1, false) if Some(p) == self.acpi.smi_command => Verdict::RaiseSmi { port, command: al },
+            // A wider write would get a command past the gate.
+            (.., false) if reached(SMI_COMMAND) || self.acpi.smi_command.is_some_and(reached) => {
+                self.denied(port, input)
+            }
+            _ => Verdict::PassPort,
         }
     }
 
@@ -400,7 +410,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn running() -> Sandbox {
-        let mut s = Sandbox::new(&Config::parse(b"sandbox.budget-ms = 100").unwrap(), Some(0x608));
+        let mut s = Sandbox::new(
+            &Config::parse(b"sandbox.budget-ms = 100").unwrap(),
+            Ports { pm_timer: Some(0x608), smi_command: None },
+        );
         s.start(1_000).unwrap();
         s
     }
@@ -459,7 +472,7 @@ mod tests {
                     } else if (port_number, size, input) == (0x70, 1, false) {
                         Verdict::SelectRtc { index: 0x0a }
                     } else if (port_number, size, input) == (0xb2, 1, false) {
-                        Verdict::RaiseSmi { command: 0x5a }
+                        Verdict::RaiseSmi { port: SMI_COMMAND, command: 0x5a }
                     } else {
                         Verdict::DenyPort
                     };
@@ -469,7 +482,7 @@ mod tests {
         }
         assert_eq!((s.counters().smis, s.counters().last_denied_port), (1, Some(0xffff)));
         assert_eq!(s.counters().denied_ports, 65536 * 6 - 9);
-        let mut s = Sandbox::new(&Config::default(), None);
+        let mut s = Sandbox::new(&Config::default(), Ports::default());
         s.start(0).unwrap();
         assert_eq!(s.exit(&port(0x608, 4, true), false, 0, 0), Verdict::DenyPort);
     }
@@ -492,7 +505,7 @@ mod tests {
     #[test]
     fn the_configuration_opens_ports_whole() {
         let config = Config::parse(b"sandbox.port.0x400-0x405 = dword\nsandbox.denied-ports = stop").unwrap();
-        let mut s = Sandbox::new(&config, None);
+        let mut s = Sandbox::new(&config, Ports::default());
         s.start(0).unwrap();
         assert_eq!(s.exit(&port(0x402, 4, true), false, 0, 0), Verdict::PassPort);
         assert_eq!(s.exit(&port(0xb2, 1, true), false, 0, 0), Verdict::PassPort);
@@ -502,8 +515,30 @@ mod tests {
     }
 
     #[test]
+    fn no_write_to_an_smi_command_port_passes_unjudged() {
+        let listed =
+            b"sandbox.port.0x1480 = byte\nsandbox.port.0x1480-0x1483 = dword\nsandbox.port.0xb0-0xb3 = dword";
+        let other = Ports { pm_timer: None, smi_command: Some(0x1480) };
+        for (config, acpi, at, size, expected) in [
+            (&b""[..], other, 0x1480, 1, Verdict::DenyPort),
+            (listed, other, 0x1480, 1, Verdict::RaiseSmi { port: 0x1480, command: 9 }),
+            (listed, other, 0x1480, 4, Verdict::DenyPort),
+            (listed, other, 0xb0, 4, Verdict::DenyPort),
+            (listed, Ports::default(), 0x1480, 1, Verdict::PassPort),
+            (listed, Ports::default(), 0xb0, 4, Verdict::DenyPort),
+        ] {
+            let mut s = Sandbox::new(&Config::parse(config).unwrap(), acpi);
+            s.start(0).unwrap();
+            assert_eq!(s.exit(&port(at, size, false), false, 9, 0), expected, "{at:#x} {size}");
+        }
+        let mut s = Sandbox::new(&Config::parse(listed).unwrap(), other);
+        s.start(0).unwrap();
+        assert_eq!(s.exit(&port(0x1480, 1, true), false, 0, 0), Verdict::PassPort);
+    }
+
+    #[test]
     fn a_call_has_a_budget_of_exits() {
-        let mut s = Sandbox::new(&Config::parse(b"sandbox.budget-exits = 1000").unwrap(), None);
+        let mut s = Sandbox::new(&Config::parse(b"sandbox.budget-exits = 1000").unwrap(), Ports::default());
         s.start(0).unwrap();
         for _ in 0..1000 {
             assert_eq!(s.exit(&Exit::Cpuid, false, 0, 0), Verdict::Cpuid);
@@ -520,7 +555,7 @@ mod tests {
         assert!(!s.revive());
         assert_eq!(s.start(0), Err(NotReady::Dead(Reason::Halt)));
         let config = Config::parse(b"sandbox.on-death = restart\nsandbox.denied-msrs = ignore").unwrap();
-        let mut s = Sandbox::new(&config, None);
+        let mut s = Sandbox::new(&config, Ports::default());
         s.kill(Reason::Halt);
         assert!(s.revive());
         assert_eq!((s.start(0), s.counters().restarts), (Ok(()), 1));
@@ -561,7 +596,7 @@ mod tests {
         let mut s = running();
         s.kill(Reason::NoEntry);
         assert_eq!(s.start(0), Err(NotReady::Dead(Reason::NoEntry)));
-        let mut idle = Sandbox::new(&Config::default(), None);
+        let mut idle = Sandbox::new(&Config::default(), Ports::default());
         assert!(matches!(idle.exit(&Exit::Cpuid, false, 0, 0), Verdict::Stop(_)));
     }
 

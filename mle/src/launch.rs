@@ -344,7 +344,8 @@ fn launch<'a>(
         MsrMap::new(features.vendor, &mut pool).ok_or(LaunchError::OutOfMemory("the MSR map"))?;
     guest::msr::Guards::of(features.vendor).intercept(|index, what| msr_map.intercept(index, what));
     let port_map: &mut PortMap = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
-    guest::ports::guard_smi(port_map);
+    let smi_command = acpi::smi_command(&mem, &acpi);
+    guest::ports::guard_smi(port_map, smi_command.unwrap_or_default());
     pci::guard(port_map, &ports, guarded);
     if !cpu.ignores_a20_mask() {
         guest::ports::guard_a20(port_map, &ports);
@@ -393,7 +394,10 @@ fn launch<'a>(
             layout: &layout,
             map: &map,
             tables: &tables,
-            pm_timer: acpi::pm_timer(&mem, &acpi),
+            acpi: acpi::Ports {
+                pm_timer: acpi::pm_timer(&mem, &acpi),
+                smi_command: smi_command.unwrap_or_default(),
+            },
             largest: features.largest_nested,
             return_to: inputs.region.start(),
             space,
@@ -427,6 +431,9 @@ fn launch<'a>(
     };
     if left != Left::Ordinary {
         open("devices may send SMI, NMI and INIT");
+    }
+    if smi_command.is_err() {
+        open("the FADT's SMI command port");
     }
     if unguarded != 0 {
         open("no protected regions before IOMMU tables");

@@ -198,8 +198,8 @@ pub fn guest(
                             services::end_of_guest(cpu, local, ports);
                             senter::end::with_machine();
                         }
-                        guarded::write(&ports, port, size, value, |command| {
-                            smi::of_guest(command, id, cpu, &ports, clock)
+                        guarded::write(&ports, port, size, value, |at, command| {
+                            smi::of_guest((at, command), id, cpu, &ports, clock)
                         });
                         guarded::finish_port(vcpu, exit);
                     }

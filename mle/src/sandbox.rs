@@ -5,6 +5,7 @@
 
 use core::fmt;
 
+use firmware::acpi::Ports;
 use firmware::call::{CALL_BUFFER_SIZE, Gate};
 use firmware::config::{Config, OnDeath};
 use firmware::deferred::Overlay;
@@ -88,8 +89,8 @@ pub struct Input<'a> {
     pub map: &'a MemoryMap,
     /// The firmware's EFI tables.
     pub tables: &'a FirmwareTables,
-    /// Port of the ACPI timer.
-    pub pm_timer: Option<u16>,
+    /// Ports that the FADT names.
+    pub acpi: Ports,
     /// Largest page of nested tables.
     pub largest: PageSize,
     /// An address of the MLE's: firmware returns to it.
@@ -138,7 +139,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
     let (core, runtime) = communication(map, &mem);
     let mut parts = Parts {
         gate: Gate::new(config, layout.thunks, layout.tables),
-        state: Sandbox::new(config, input.pm_timer),
+        state: Sandbox::new(config, input.acpi),
         // SAFETY: a fresh page.
         vcpu: smi::with_vcpu(page, vm.vendor, || unsafe { Vcpu::new(page, Role::Sandbox, &vm) }),
         entries: Service::ALL.map(|s| tables.entry(s, map)),

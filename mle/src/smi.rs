@@ -285,17 +285,18 @@ pub fn set_guest_policy(allowed: bool) {
     GUEST_MAY.store(allowed, Ordering::Relaxed);
 }
 
-/// A write of the guest to the SMI command port, which policy lets through or not.
-pub fn of_guest(command: u8, id: u32, cpu: &mut Cpu, ports: &Ports, clock: &TscClock) {
+/// A write of the guest to an SMI command port, which policy lets through or not.
+pub fn of_guest((port, command): (u16, u8), id: u32, cpu: &mut Cpu, ports: &Ports, clock: &TscClock) {
     let since = exposure::now_us(clock);
     let mut record = Record {
         smi_command: command,
         decision: Decision::DENIED,
+        text: (port != SMI_COMMAND).then(|| Text::new(format_args!("port {port:#x}"))),
         ..Record::new(Kind::GUEST_SMI, id, since)
     };
     if GUEST_MAY.load(Ordering::Relaxed) {
         expect_echoes(since);
-        ports.out8(SMI_COMMAND, command);
+        ports.out8(port, command);
         cpu.let_pending_in();
         look_for_damage(id, clock);
         record.decision = Decision::PASSED;
@@ -303,6 +304,12 @@ pub fn of_guest(command: u8, id: u32, cpu: &mut Cpu, ports: &Ports, clock: &TscC
         record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
     }
     exposure::record(&record);
+}
+
+/// An SMI that the guest sent to CPUs by its APIC, and that was dropped.
+pub fn ipi_dropped(id: u32, clock: &TscClock) {
+    let record = Record::new(Kind::GUEST_SMI, id, exposure::now_us(clock));
+    exposure::record(&Record { decision: Decision::DENIED, text: Some(Text::new("by the APIC")), ..record });
 }
 
 /// An SMI that a CPU took while the guest ran: of those that nobody is known to have asked for there is a record.

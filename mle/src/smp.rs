@@ -570,7 +570,7 @@ pub fn command(command: Command, redirects_init: bool, local: &Xapic<PhysWindow>
             }
         }
         // An SMI is not the guest's to raise.
-        delivery::SMI => {}
+        delivery::SMI => smi::ipi_dropped(this, clock),
         _ => {
             // As the guest wrote it; it waits for delivery itself.
             let _ = local.send(clock, command.low, command.destination);

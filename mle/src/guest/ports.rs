@@ -6,6 +6,8 @@
 //!
 //! A write of the SMI command port starts firmware in SMM: policy decides.
 
+use core::sync::atomic::{AtomicU16, Ordering};
+
 use firmware::sandbox::SMI_COMMAND;
 use hv::io::PortIo;
 use hv::vcpu::Exit;
@@ -21,9 +23,16 @@ const KEYBOARD: u16 = 0x64;
 /// Commands: write the output port, whose bit 1 is A20; clear A20.
 const MASKING: [u8; 2] = [0xd1, 0xdd];
 
-/// Makes the guest's accesses to the SMI command port exit.
-pub fn guard_smi(map: &mut PortMap) {
+/// The FADT's SMI command port, where it is another than [`SMI_COMMAND`]; 0 where not.
+static OTHER_SMI: AtomicU16 = AtomicU16::new(0);
+
+/// Makes the guest's accesses to the SMI command port exit, and to the other one that the FADT names.
+pub fn guard_smi(map: &mut PortMap, other: Option<u16>) {
     map.intercept(SMI_COMMAND);
+    if let Some(port) = other {
+        map.intercept(port);
+        OTHER_SMI.store(port, Ordering::Relaxed);
+    }
 }
 
 /// Makes the guest's accesses to the ports of address line 20 exit, and unmasks the line.
@@ -33,10 +42,22 @@ pub fn guard_a20(map: &mut PortMap, ports: &impl PortIo) {
     ports.out8(CONTROL_A, (ports.in8(CONTROL_A) | A20) & !1); // bit 0 resets
 }
 
-/// Does an OUT of the low `size` bytes of `value` for the guest, without what would mask the line. A byte for the SMI
-/// command port goes to `smi` alone.
-pub fn write(ports: &impl PortIo, port: u16, size: u8, value: u32, mut smi: impl FnMut(u8)) {
-    let guarded = [CONTROL_A, KEYBOARD, SMI_COMMAND];
+/// Does an OUT of the low `size` bytes of `value` for the guest, without what would mask the line. A byte for an SMI
+/// command port goes to `smi` alone, with the port.
+pub fn write(ports: &impl PortIo, port: u16, size: u8, value: u32, smi: impl FnMut(u16, u8)) {
+    let other = OTHER_SMI.load(Ordering::Relaxed);
+    write_guarded(ports, port, size, value, if other == 0 { SMI_COMMAND } else { other }, smi);
+}
+
+fn write_guarded(
+    ports: &impl PortIo,
+    port: u16,
+    size: u8,
+    value: u32,
+    other_smi: u16,
+    mut smi: impl FnMut(u16, u8),
+) {
+    let guarded = [CONTROL_A, KEYBOARD, SMI_COMMAND, other_smi];
     if !(0..u16::from(size)).any(|offset| guarded.contains(&port.wrapping_add(offset))) {
         // Exits for another port beside it: devices tell widths apart.
         return forward(ports, port, size, value);
@@ -44,7 +65,7 @@ pub fn write(ports: &impl PortIo, port: u16, size: u8, value: u32, mut smi: impl
     for (offset, byte) in (0..u16::from(size)).zip(value.to_le_bytes()) {
         match port.wrapping_add(offset) {
             CONTROL_A => ports.out8(CONTROL_A, byte | A20),
-            SMI_COMMAND => smi(byte),
+            at if at == SMI_COMMAND || at == other_smi => smi(at, byte),
             KEYBOARD if MASKING.contains(&byte) => {}
             other => ports.out8(other, byte),
         }
@@ -132,7 +153,7 @@ mod tests {
     #[test]
     fn no_write_masks_the_line_and_others_go_through() {
         let ports = Ports::default();
-        let write = |port, size, value| write(&ports, port, size, value, |_| panic!("no SMI"));
+        let write = |port, size, value| write(&ports, port, size, value, |_, _| panic!("no SMI"));
         write(0x92, 1, 0);
         write(0x64, 1, 0xd1);
         write(0x64, 1, 0xdd);
@@ -144,16 +165,23 @@ mod tests {
     }
 
     #[test]
-    fn a_command_for_smm_is_found_in_any_access() {
+    fn a_command_for_smm_is_found_in_any_access_to_either_port() {
         let (ports, mut map) = (Ports::default(), PortMap::open());
-        guard_smi(&mut map);
+        map.intercept(SMI_COMMAND);
+        map.intercept(0x1480);
         let mut commands = Vec::new();
-        for (port, size, value) in [(0xb2, 1, 0x17), (0xb0, 4, 0x0023_0000), (0xb1, 2, 0x4200)] {
+        for (port, size, value) in [
+            (0xb2, 1, 0x17),
+            (0xb0, 4, 0x0023_0000),
+            (0xb1, 2, 0x4200),
+            (0x1480, 1, 0x11),
+            (0x147e, 4, 0x1200_0000 | 0x0013_0000),
+        ] {
             assert!(map.intercepts(port, size));
-            write(&ports, port, size, value, |command| commands.push(command));
+            write_guarded(&ports, port, size, value, 0x1480, |port, command| commands.push((port, command)));
         }
-        assert_eq!(commands, [0x17, 0x23, 0x42]);
-        assert!(ports.0.borrow().iter().all(|(port, _)| *port != 0xb2));
+        assert_eq!(commands, [(0xb2, 0x17), (0xb2, 0x23), (0xb2, 0x42), (0x1480, 0x11), (0x1480, 0x13)]);
+        assert!(ports.0.borrow().iter().all(|(port, _)| *port != 0xb2 && *port != 0x1480));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pending};
 use firmware::exposure::{Kind, Record};
-use firmware::sandbox::{NotReady, RTC_INDEX, Reason, SMI_COMMAND, State, Verdict};
+use firmware::sandbox::{NotReady, RTC_INDEX, Reason, State, Verdict};
 use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
 use hv::vcpu::{Access, Exit};
@@ -160,9 +160,9 @@ impl Services {
                     }
                     v.advance(TWO_BYTES);
                 }
-                Verdict::RaiseSmi { command } => {
+                Verdict::RaiseSmi { port, command } => {
                     let raise = || {
-                        ports.out8(SMI_COMMAND, command);
+                        ports.out8(port, command);
                         cpu.let_pending_in();
                     };
                     let answer = parts.smi.of_sandbox(
