@@ -14,6 +14,7 @@ pub mod call;
 pub mod capsule;
 pub mod config;
 pub mod deferred;
+pub mod esrt;
 pub mod exposure;
 pub mod linux;
 pub mod measure;

@@ -3,8 +3,10 @@
 use core::fmt;
 
 use firmware::acpi;
+use firmware::esrt::{self, Esrt};
 use firmware::linux::{self, BootParams, Kernel, LinuxError, Placement};
 use firmware::memmap::{CarveOut, GuestMap, MapError, MemoryMap, Use};
+use firmware::service::Service;
 use firmware::tables::{self, FirmwareTables, GuestInput, HypercallInsn, TablesError, thunk_page};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
@@ -297,6 +299,10 @@ pub fn write_efi(
     };
     let smbios = copy_of(tables::SMBIOS)?;
     let smbios3 = copy_of(tables::SMBIOS3)?;
+    let update = rt_properties & Service::UpdateCapsule.rt_properties_bit() != 0;
+    let esrt = firmware.config(esrt::ESRT).filter(|_| update).and_then(|at| {
+        Esrt::read(mem, at).inspect_err(|error| log::warn!("the ESRT is not passed on: {error}")).ok()
+    });
     let page = tables::guest_tables(&GuestInput {
         firmware,
         map: firmware_map,
@@ -304,6 +310,7 @@ pub fn write_efi(
         data: layout.tables,
         thunks: layout.thunks.start(),
         rt_properties,
+        esrt: esrt.as_ref(),
         rsdp: Some(rsdp),
         smbios,
         smbios3,
