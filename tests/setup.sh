@@ -56,7 +56,7 @@ install_packages() {
 
 packages() {
     install_packages "the emulators and disk tools" "1 minute" \
-        qemu-system-x86 bochs bochsbios bochs-sdl vgabios ovmf swtpm swtpm-tools mtools busybox-static efibootmgr tpm2-tools util-linux
+        qemu-system-x86 bochs bochsbios bochs-sdl vgabios ovmf swtpm swtpm-tools mtools busybox-static efibootmgr efivar tpm2-tools util-linux
 }
 
 # The distribution's own kernel, unpacked and not installed: the machine's boot files stay as they are.

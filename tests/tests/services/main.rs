@@ -1,5 +1,7 @@
 //! What the guest has of firmware: policies by service and variable, writes that wait, SMIs, and the record of it all.
 
+mod clients;
+
 use std::io::Write;
 
 use tests::machine::{Boot, Firmware, Machine, Spec};
