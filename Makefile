@@ -37,7 +37,8 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   KERNEL= INITRD=  other files than Debian's kernel and the bench's RAM disk
 #@   CMDLINE=         words to add to the kernel command line
 #@   CONFIG=          Cordon's configuration file
-#@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error
+#@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error;
+#@                    at SENTER: mle-tables, mle-hole, heap-size, pmr-uncovering, stale-error, dmar-changed, rlp-missing
 #@   QEMU_ARGS=       more arguments for QEMU
 #@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take
 #@   LOG=warn|info    report failures only, or also each stage of the boot and its time (warn)
@@ -71,10 +72,12 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test -p tests --test machine -- --test-threads=2
 	$(CARGO) test -p tests --test services -- --test-threads=2
 	$(CARGO) test -p tests --test senter -- --test-threads=2
+	$(CARGO) test -p tests --test intel
 	$(BENCH) attacks
 
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
 	$(CARGO) test -p tests --test vmx -- --ignored
 	$(CARGO) test -p tests --test services -- --ignored
+	$(CARGO) test -p tests --test intel -- --ignored --test-threads=2
 	$(CARGO) test -p tests --test attacks -- --ignored
 	$(CARGO) test -p tests --test machine -- --ignored --nocapture

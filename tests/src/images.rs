@@ -39,7 +39,10 @@ const IMAGES: [Image; 3] = [
 /// Firmware's implant, which no user gets.
 const HOSTILE: [Image; 1] = [uefi("hostile", "hostile.efi", paths::hostile)];
 /// Firmware's part that Bochs' board lacks.
-const PLATFORM: [Image; 1] = [uefi("platform", "platform.efi", paths::platform)];
+const PLATFORM: [Image; 2] = [
+    uefi("platform", "platform.efi", paths::platform),
+    Image { binary: "senter", ..uefi("platform", "senter.efi", paths::senter) },
+];
 
 /// A UEFI application with its package's name.
 const fn uefi(package: &'static str, output: &'static str, copy: fn() -> PathBuf) -> Image {

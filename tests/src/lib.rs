@@ -1,6 +1,7 @@
 //! The bench: emulated machines, the DRTM events they lack, attacks and benchmarks.
 
 pub mod attacks;
+pub mod board;
 pub mod bochs;
 pub mod channel;
 pub mod child;
@@ -20,6 +21,7 @@ pub mod pty;
 pub mod qemu;
 pub mod qmp;
 pub mod run_dir;
+pub mod senter;
 pub mod skinit;
 pub mod stage;
 pub mod swtpm;

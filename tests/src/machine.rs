@@ -1,6 +1,6 @@
 //! One emulated machine: its parts, its start, its commands, its end.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
+use crate::board::Board as Records;
+use crate::bochs::player::Watch;
 use crate::bochs::{self, Bochs};
 use crate::channel::{Channel, Output, Wait};
 use crate::emulator::Emulator;
@@ -15,6 +17,7 @@ use crate::esp::{self, Item, Source};
 use crate::paths;
 use crate::qemu::Qemu;
 use crate::run_dir::RunDir;
+use crate::senter;
 use crate::skinit::{Fault, Player};
 use crate::stage::{self, Stage};
 use crate::swtpm::Swtpm;
@@ -53,6 +56,8 @@ pub enum Boot {
     Cordon,
     /// The firmware starts the kernel's own EFI stub.
     Native,
+    /// A loader that executes SENTER at once, and an MLE that reports how it was entered.
+    SenterProbe,
 }
 
 /// Where the first serial port, Linux's console, leads.
@@ -102,6 +107,8 @@ pub struct Spec {
     pub console: Console,
     /// What the machine's CPU does wrong at SKINIT.
     pub fault: Option<Fault>,
+    /// What goes wrong around SENTER.
+    pub senter_fault: Option<senter::Fault>,
     /// Whether a guest's reset restarts the machine instead of ending it.
     pub reboot: bool,
     /// More arguments for QEMU.
@@ -132,6 +139,7 @@ impl Default for Spec {
             config: None,
             console: Console::Log,
             fault: None,
+            senter_fault: None,
             reboot: false,
             qemu_args: Vec::new(),
             timeout: Duration::from_secs(240),
@@ -150,7 +158,8 @@ impl Spec {
     /// The whole kernel command line.
     pub fn full_cmdline(&self) -> String {
         // What Bochs emulates is slow: the kernel's tests of its ciphers would take half a minute.
-        let slow = if self.board == Board::Intel { " cryptomgr.notests no_timer_check" } else { "" };
+        let slow =
+            if self.board == Board::Intel { " cryptomgr.notests no_timer_check intel_iommu=off" } else { "" };
         format!("console=ttyS0{slow} {}", self.cmdline).trim_end().to_owned()
     }
 
@@ -166,15 +175,28 @@ impl Spec {
         if let Some(before) = before {
             items.push(file(first, before));
             first = "next.efi";
-            let mut options = String::new();
-            if self.boot == Boot::Native {
-                items.push(file(first, self.kernel.clone()));
-                options = format!("initrd=\\initrd.img {}", self.full_cmdline());
-            }
+            let options = match self.boot {
+                Boot::Cordon => String::new(),
+                Boot::Native => {
+                    items.push(file(first, self.kernel.clone()));
+                    format!("initrd=\\initrd.img {}", self.full_cmdline())
+                }
+                Boot::SenterProbe => {
+                    items.push(file(first, paths::senter()));
+                    format!("{} {}", senter::layout::SINIT_BASE, senter::acm::module().len())
+                }
+            };
             items.push(text("next.txt", options));
         }
         if self.board == Board::Intel {
-            items.push(Item { path: "acpi.bin", source: Source::Bytes(bochs::acpi::tables(self.cpus)) });
+            let mut records = Records::default();
+            records.acpi(&bochs::acpi::tables(self.cpus));
+            senter::firmware(&mut records, self.cpus, self.senter_fault);
+            if self.boot == Boot::SenterProbe {
+                let bios_data = senter::bios_data(self.cpus).len() as u64;
+                senter::probe::prepare(&mut records, bios_data);
+            }
+            items.push(Item { path: "board.bin", source: Source::Bytes(records.bytes()) });
         }
         if self.boot == Boot::Cordon {
             let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), self.tpm == Tpm::Crb);
@@ -194,6 +216,7 @@ pub struct Machine {
     _tpm: Swtpm,
     channel: Channel,
     player: Option<Player>,
+    senter: Option<Watch>,
     dir: Arc<RunDir>,
     started: Instant,
     timeout: Duration,
@@ -212,7 +235,7 @@ impl Machine {
             .with_context(|| format!("{}: is ovmf installed?", variables.display()))?;
         esp::build(&dir.file("esp.img"), &spec.disk())?;
         let tpm = Swtpm::start(&dir, &spec.banks)?;
-        let mut player = None;
+        let (mut player, mut senter) = (None, None);
         let (emulator, channel): (Box<dyn Emulator>, _) = match spec.board {
             Board::Amd => {
                 let (mut qemu, channel) = Qemu::start(Arc::clone(&dir), spec)?;
@@ -222,18 +245,28 @@ impl Machine {
                         player = Some(Player::start(gdb, tpm.control(), spec.fault, log)?);
                     }
                     Boot::Native => qemu.go()?,
+                    Boot::SenterProbe => bail!("no SENTER on a machine with SVM"),
                 }
                 (Box::new(qemu), channel)
             }
             Board::Intel => {
-                ensure!(spec.boot == Boot::Native, "no SENTER on the Intel machine yet: NATIVE=1");
-                let (bochs, channel) = Bochs::start(&dir, spec)?;
+                let part = bochs::player::Part {
+                    control: tpm.control(),
+                    chip: tpm.control().link()?,
+                    banks: spec.banks.clone(),
+                    memory: senter::sinit::Memory { low_end: bochs::LOW_END, dmar: bochs::acpi::dmar() },
+                    cpus: spec.cpus,
+                    fault: spec.senter_fault,
+                    log: File::create(dir.file("drtm.log"))?,
+                };
+                let (bochs, channel) = Bochs::start(&dir, spec, part)?;
+                senter = Some(bochs.watch());
                 (Box::new(bochs), channel)
             }
         };
         let (timeout, progress) = (spec.timeout, spec.progress);
         let (started, stages) = (Instant::now(), vec![(Stage::Off, Duration::ZERO)]);
-        Ok(Self { emulator, _tpm: tpm, channel, player, dir, started, timeout, progress, stages })
+        Ok(Self { emulator, _tpm: tpm, channel, player, senter, dir, started, timeout, progress, stages })
     }
 
     /// The run's folder.
@@ -249,6 +282,11 @@ impl Machine {
     /// The player of the DRTM event, on a machine that boots Cordon.
     pub fn player(&self) -> Option<&Player> {
         self.player.as_ref()
+    }
+
+    /// What the player of SENTER has seen, on a machine with TXT.
+    pub fn senter(&self) -> Option<bochs::player::State> {
+        self.senter.as_ref().map(Watch::state)
     }
 
     /// How far the machine has come.
@@ -270,11 +308,16 @@ impl Machine {
     fn look(&mut self) -> Result<()> {
         if self.stage() < Stage::Linux {
             let console = self.console();
-            let played = self.player.as_ref().map_or(Stage::Off, Player::stage);
+            let played = match (&self.player, self.senter()) {
+                (Some(player), _) => player.stage(),
+                (None, Some(senter)) => senter.stage.unwrap_or(Stage::Off),
+                (None, None) => Stage::Off,
+            };
             self.reached(stage::from_console(&console).max(played));
             ensure!(!stage::nothing_booted(&console), "the firmware found nothing that would boot");
         }
-        if let Some(failure) = self.player.as_ref().and_then(Player::failure) {
+        let failure = self.player.as_ref().and_then(Player::failure);
+        if let Some(failure) = failure.or_else(|| self.senter()?.failure) {
             bail!("the DRTM event could not be played: {failure}");
         }
         Ok(())
@@ -287,7 +330,10 @@ impl Machine {
             if let Some(found) = find(&self.console()) {
                 return Ok(found);
             }
-            self.check_alive::<()>("its console output", &Wait::Pending, end)?;
+            if let Err(ended) = self.check_alive::<()>("its console output", &Wait::Pending, end) {
+                // It may have been the last thing that was said.
+                return find(&self.console()).ok_or(ended);
+            }
             std::thread::sleep(Duration::from_millis(100));
         }
     }

@@ -8,8 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::machine::{Board, Boot, Console, Firmware, Machine, Spec, Tpm};
-use tests::skinit::Fault;
-use tests::{attacks, compare, images};
+use tests::{attacks, compare, images, senter, skinit};
 
 #[derive(Parser)]
 #[command(about = "Builds Cordon's images and runs them in emulated machines")]
@@ -83,9 +82,9 @@ struct Run {
     /// Boot the same machine without Cordon (1) or with it (0).
     #[arg(long, env = "NATIVE", value_parser = clap::value_parser!(u8).range(0..=1), default_value_t = 0)]
     native: u8,
-    /// A CPU, TPM or loader that misbehaves at SKINIT.
-    #[arg(long, env = "FAULT", value_enum)]
-    fault: Option<Fault>,
+    /// A CPU, TPM, board or loader that misbehaves at SKINIT or SENTER.
+    #[arg(long, env = "FAULT", value_parser = parse_fault)]
+    fault: Option<AnyFault>,
     /// More arguments for QEMU, separated by spaces.
     #[arg(long, env = "QEMU_ARGS", default_value = "", allow_hyphen_values = true)]
     qemu_args: String,
@@ -95,6 +94,25 @@ struct Run {
     /// What to report on standard error.
     #[arg(long, env = "LOG", value_enum, default_value_t = Log::Warn)]
     log: Log,
+}
+
+/// A fault of one of the two launches; which, its name says.
+#[derive(Clone, Copy)]
+struct AnyFault {
+    skinit: Option<skinit::Fault>,
+    senter: Option<senter::Fault>,
+}
+
+fn parse_fault(name: &str) -> Result<AnyFault, String> {
+    let (skinit, senter) = (skinit::Fault::from_str(name, false), senter::Fault::from_str(name, false));
+    let fault = AnyFault { skinit: skinit.ok(), senter: senter.ok() };
+    if fault.skinit.is_some() || fault.senter.is_some() {
+        return Ok(fault);
+    }
+    let all = skinit::Fault::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+    let all = all.chain(senter::Fault::value_variants().iter().filter_map(ValueEnum::to_possible_value));
+    let names: Vec<_> = all.map(|value| value.get_name().to_owned()).collect();
+    Err(format!("must be one of {}", names.join(", ")))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -122,7 +140,8 @@ impl Run {
             cmdline: self.cmdline.clone(),
             config: self.config.clone(),
             console: if command.is_some() { Console::Log } else { Console::Terminal },
-            fault: self.fault,
+            fault: self.fault.and_then(|fault| fault.skinit),
+            senter_fault: self.fault.and_then(|fault| fault.senter),
             variables: None,
             reboot: false,
             qemu_args: self.qemu_args.split_whitespace().map(str::to_owned).collect(),

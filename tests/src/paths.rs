@@ -68,6 +68,11 @@ pub fn platform() -> PathBuf {
     build().join("platform.efi")
 }
 
+/// The loader that executes SENTER at once, for tests.
+pub fn senter() -> PathBuf {
+    build().join("senter.efi")
+}
+
 /// Firmware's implant, for tests.
 pub fn hostile() -> PathBuf {
     build().join("hostile.efi")

@@ -23,7 +23,11 @@ use rustix::net::{
 
 use crate::child::{self, Guarded};
 use crate::run_dir::RunDir;
+use crate::senter::crb::Chip;
 
+const CMD_INIT: u32 = 2;
+const CMD_SET_LOCALITY: u32 = 5;
+const CMD_SET_DATAFD: u32 = 16;
 const CMD_HASH_START: u32 = 6;
 const CMD_HASH_DATA: u32 = 7;
 const CMD_HASH_END: u32 = 8;
@@ -144,6 +148,21 @@ impl Control {
         Ok(())
     }
 
+    /// Turns the TPM on for a machine whose TPM interface the bench plays, and gives it.
+    pub fn link(&self) -> Result<Link> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let theirs = OwnedFd::from(theirs);
+        let reply = self.exchange(&CMD_SET_DATAFD.to_be_bytes(), &[theirs])?;
+        ensure!(reply == [0; 4], "swtpm: data channel refused: {}", hex::encode(&reply));
+        self.request(CMD_INIT, &[0; 4])?;
+        ours.set_read_timeout(Some(REPLY_TIME))?;
+        let mut link = Link { control: self.clone(), data: ours };
+        // TPM2_Startup(CLEAR), the first thing that firmware does.
+        let started = link.command(0, &[0x80, 1, 0, 0, 0, 12, 0, 0, 1, 0x44, 0, 0])?;
+        ensure!(started[6..10] == [0; 4], "swtpm: start-up gave {}", hex::encode(&started));
+        Ok(link)
+    }
+
     /// The TPM's part of a DRTM event: it resets the dynamic PCRs and extends PCR 17 with the digest of
     /// `data` in every bank.
     ///
@@ -156,6 +175,26 @@ impl Control {
             self.request(CMD_HASH_DATA, &payload)?;
         }
         self.request(CMD_HASH_END, &[])
+    }
+}
+
+/// A TPM's commands, by the bench itself.
+pub struct Link {
+    control: Control,
+    data: UnixStream,
+}
+
+impl Chip for Link {
+    fn command(&mut self, locality: u8, command: &[u8]) -> Result<Vec<u8>> {
+        self.control.request(CMD_SET_LOCALITY, &[locality])?;
+        self.data.write_all(command).context("swtpm: command")?;
+        let mut response = vec![0; 10];
+        self.data.read_exact(&mut response).context("swtpm: response")?;
+        let size = u32::from_be_bytes([response[2], response[3], response[4], response[5]]) as usize;
+        ensure!((10..=HASH_CHUNK).contains(&size), "swtpm: response of {size} bytes");
+        response.resize(size, 0);
+        self.data.read_exact(&mut response[10..]).context("swtpm: response")?;
+        Ok(response)
     }
 }
 

@@ -20,7 +20,7 @@ fn main() -> Status {
         return Status::SUCCESS;
     }
     load_driver();
-    start_next(device.expect("own device"))
+    start_next(device.expect("own device"), |_, _| ())
 }
 
 /// Loads this file as a runtime driver, whose memory stays after boot services have ended.

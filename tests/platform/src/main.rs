@@ -1,8 +1,7 @@
-//! The part of a board's firmware that the emulated board lacks, for tests: OVMF takes its ACPI tables from QEMU, and other
-//! emulators have none for it.
+//! The part of a board's firmware that the emulated board lacks, for tests: OVMF knows QEMU's boards alone.
 //!
-//! Boots in place of Cordon's loader, installs the tables of the disk's `acpi.bin`, which stand there one behind the other, and
-//! starts what the disk's `next.efi` is, with the text of `next.txt` as its options.
+//! Boots in place of Cordon's loader, does what the disk's `board.bin` says ([`record`]), and starts what the disk's `next.efi` is,
+//! with the text of `next.txt` as its options.
 #![cfg_attr(target_os = "uefi", no_std, no_main)]
 
 #[cfg(target_os = "uefi")]

@@ -15,8 +15,8 @@ pub fn files() -> FileSystem {
     FileSystem::new(boot::get_image_file_system(boot::image_handle()).expect("own volume"))
 }
 
-/// Starts what was to boot, from the same volume, on `device`.
-pub fn start_next(device: Handle) -> Status {
+/// Starts what was to boot, from the same volume, on `device`; tells `loaded` before where it lies and how long it is.
+pub fn start_next(device: Handle, loaded: impl FnOnce(u64, u64)) -> Status {
     let options = files().read_to_string(cstr16!("\\next.txt")).expect("next.txt");
     let options = CString16::try_from(options.as_str()).expect("options");
     let mut path = Vec::new();
@@ -37,6 +37,8 @@ pub fn start_next(device: Handle) -> Status {
         let size = u32::try_from(options.num_bytes()).expect("size");
         // SAFETY: the options live on this stack until the image ends, and it gets their size.
         unsafe { image.set_load_options(options.as_ptr().cast::<u8>(), size) };
+        let (base, size) = image.info();
+        loaded(base as u64, size);
     }
     let _ = boot::start_image(next);
     Status::LOAD_ERROR

@@ -5,16 +5,19 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Name, ONE, Package, PackageBuilder, Path,
-    ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, ONE, Package,
+    PackageBuilder, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::sdt::Sdt;
+
+use crate::senter::vt_d;
 
 const OEM_ID: [u8; 6] = *b"CORDON";
 const OEM_TABLE: [u8; 8] = *b"BENCH   ";
 /// Where OVMF puts the power management block.
 const PM_BASE: u32 = 0xb000;
 const IO_APIC: u32 = 0xfec0_0000;
+const TPM: u32 = 0xfed4_0000;
 const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Length of a table's header.
 const HEADER: u32 = 36;
@@ -22,7 +25,7 @@ const HEADER: u32 = 36;
 /// All tables, one behind the other.
 pub fn tables(cpus: u32) -> Vec<u8> {
     // The firmware puts the address of the one into the other in whichever order they come.
-    [dsdt(), fadt(), madt(cpus)].concat()
+    [dsdt(), fadt(), madt(cpus), tpm2(), dmar()].concat()
 }
 
 fn table(signature: [u8; 4], length: u32, revision: u8) -> Sdt {
@@ -59,7 +62,13 @@ fn dsdt() -> Vec<u8> {
         &Name::new(Path::new("_PRT"), &routes),
     ];
     let bus = Device::new(Path::new("PCI0"), names.to_vec());
-    let scope = Scope::new(Path::new("\\_SB_"), vec![&bus]);
+    let window = Memory32Fixed::new(true, TPM, 0x5000);
+    let names: [&dyn Aml; 2] = [
+        &Name::new(Path::new("_HID"), &"MSFT0101"),
+        &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&window])),
+    ];
+    let tpm = Device::new(Path::new("TPM_"), names.to_vec());
+    let scope = Scope::new(Path::new("\\_SB_"), vec![&bus, &tpm]);
     let off = Package::new(vec![&ZERO, &ZERO, &ZERO, &ZERO]);
     let mut table = table(*b"DSDT", HEADER, 2);
     scope.to_aml_bytes(&mut table);
@@ -121,6 +130,23 @@ fn madt(cpus: u32) -> Vec<u8> {
     finish(table)
 }
 
+/// Spec: \[ACPI-TPM\] "TPM2 Table", revision 4: the command response buffer interface.
+fn tpm2() -> Vec<u8> {
+    const CRB: u32 = 7;
+    let mut table = table(*b"TPM2", HEADER, 4);
+    table.append(0u32);
+    table.append(u64::from(TPM) + 0x40);
+    table.append(CRB);
+    finish(table)
+}
+
+/// The board's IOMMU.
+pub fn dmar() -> Vec<u8> {
+    let mut table = table(*b"DMAR", HEADER, 1);
+    table.append_slice(&vt_d::structures());
+    finish(table)
+}
+
 fn finish(mut table: Sdt) -> Vec<u8> {
     table.update_checksum();
     table.as_slice().to_vec()
@@ -141,7 +167,7 @@ mod tests {
             signatures.push(rest[..4].to_vec());
             rest = &rest[length..];
         }
-        assert_eq!(signatures, [b"DSDT", b"FACP", b"APIC"]);
+        assert_eq!(signatures, [b"DSDT", b"FACP", b"APIC", b"TPM2", b"DMAR"]);
         let [a, b, c, d, ..] = madt(2)[44..] else { panic!() };
         assert_eq!([a, b, c, d], [0, 8, 0, 0]);
     }

@@ -4,6 +4,7 @@
 
 pub mod acpi;
 pub mod debugger;
+pub mod player;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -23,12 +24,15 @@ use crate::machine::{Console, Spec};
 use crate::pty::{self, Pty, RawTerminal};
 use crate::run_dir::RunDir;
 use debugger::{Debugger, Stop};
+use player::{Part, Player, Watch};
 
 /// OVMF with its variable store, which Bochs keeps for one run only.
 const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
 /// Guest memory that is there whatever the board has: the windows of TXT and TPM below 4 GiB are RAM only when all below
 /// 4 GiB is. The firmware finds 3 GiB of it.
 const MEMORY: u32 = 4096;
+/// Where the memory ends that the firmware finds.
+pub const LOW_END: u64 = 0xc000_0000;
 /// How long a request may take.
 const REQUEST_TIME: Duration = Duration::from_secs(60);
 
@@ -67,12 +71,13 @@ pub struct Bochs {
     process: Guarded,
     requests: Sender<Request>,
     log: PathBuf,
+    watch: Watch,
     _terminal: Option<RawTerminal>,
 }
 
 impl Bochs {
     /// Starts a machine whose disk image is in `dir`. Gives also the command channel.
-    pub fn start(dir: &RunDir, spec: &Spec) -> Result<(Self, Channel)> {
+    pub fn start(dir: &RunDir, spec: &Spec, part: Part) -> Result<(Self, Channel)> {
         let link = Pty::open()?;
         let (console, terminal) = match spec.console {
             Console::Log => ("mode=file, dev=console.log".to_owned(), None),
@@ -91,16 +96,28 @@ impl Bochs {
         let mut process = Guarded::spawn("bochs-bin", command, &dir.file("bochs.err"))?;
         let (input, output) = process.pipes().context("Bochs without pipes")?;
         let debugger = Debugger::new(input, output, File::create(dir.file("debugger.log"))?);
-        let debugger = debugger.with_context(|| {
+        let mut debugger = debugger.with_context(|| {
             let said = fs::read_to_string(dir.file("bochs.err")).unwrap_or_default();
             format!("starting Bochs: {}", said.trim())
         })?;
         let (requests, receiver) = channel();
         let pid = process.id();
-        thread::spawn(move || drive(debugger, &receiver));
+        let watch = Watch::default();
+        let player = Player::new(&mut debugger, part, watch.clone())?;
+        let failures = watch.clone();
+        thread::spawn(move || {
+            if let Err(error) = drive(debugger, player, &receiver) {
+                failures.fail(format!("{error:#}"));
+            }
+        });
         let channel = Channel::new(link.host.try_clone()?, link);
         let _terminal = terminal.map(|pty| attach(pty, dir.file("console.log"), pid)).transpose()?.flatten();
-        Ok((Self { process, requests, log: dir.file("bochs.log"), _terminal }, channel))
+        Ok((Self { process, requests, log: dir.file("bochs.log"), watch, _terminal }, channel))
+    }
+
+    /// What the player of the board's TPM and of SENTER has seen.
+    pub fn watch(&self) -> Watch {
+        self.watch.clone()
     }
 
     fn request<T>(&mut self, make: impl FnOnce(Sender<Result<T>>) -> Request) -> Result<T> {
@@ -141,7 +158,7 @@ fn attach(pty: Pty, log: PathBuf, pid: u32) -> Result<Option<RawTerminal>> {
 }
 
 /// Lets the machine run and serves requests, until it ends.
-fn drive(mut debugger: Debugger, requests: &Receiver<Request>) -> Result<()> {
+fn drive(mut debugger: Debugger, mut player: Player, requests: &Receiver<Request>) -> Result<()> {
     loop {
         while let Ok(request) = requests.try_recv() {
             // Who asked may have given up.
@@ -150,7 +167,13 @@ fn drive(mut debugger: Debugger, requests: &Receiver<Request>) -> Result<()> {
                 Request::Write { at, bytes, reply } => drop(reply.send(debugger.write(at, &bytes))),
             }
         }
-        if debugger.run()? == Stop::Exited {
+        let stop = debugger.run()?;
+        if stop == Stop::Exited {
+            return Ok(());
+        }
+        if !player.stopped(&mut debugger, &stop)? {
+            // Bochs says nothing more.
+            let _ = debugger.ask("q");
             return Ok(());
         }
     }
@@ -166,6 +189,9 @@ impl Emulator for Bochs {
     }
 
     fn last_end(&self) -> Option<String> {
+        if let Some(code) = self.watch.state().reset {
+            return Some(format!("TXT reset, TXT.ERRORCODE {code:#x}"));
+        }
         let log = fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);
         log.contains("soft power off").then(|| "guest-shutdown".to_owned())

@@ -1,0 +1,287 @@
+//! The board's TPM and TXT, and SENTER, played through the debugger.
+//!
+//! From the moment at which the firmware says what it starts: until then there is no TPM, so that the firmware does not spend a
+//! minute of the emulator's on measuring.
+
+use std::fs::File;
+use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+
+use super::debugger::{Debugger, Registers as Cpu, Stop};
+use crate::senter::crb::{self, Crb};
+use crate::senter::registers::{Effect, Registers};
+use crate::senter::sinit::{self, Launch, Memory, Refusal, Senter};
+use crate::senter::{Fault, Target, acm, layout as at, vt_d};
+use crate::stage::Stage;
+use crate::swtpm::{Control, Link};
+
+const GETSEC: [u8; 2] = [0x0f, 0x37];
+/// Page where the other CPUs start, and its number.
+const START_PAGE: u64 = 0x8000;
+const CR4_SMXE: u32 = 1 << 14;
+/// GETSEC's leaves, in EAX.
+mod leaf {
+    pub const CAPABILITIES: u32 = 0;
+    pub const SENTER: u32 = 4;
+    pub const SEXIT: u32 = 5;
+    pub const PARAMETERS: u32 = 6;
+    pub const SMCTRL: u32 = 7;
+    pub const WAKEUP: u32 = 8;
+}
+/// A chipset with TXT is there; ENTERACCS, EXITAC, SENTER, SEXIT, PARAMETERS, SMCTRL, WAKEUP.
+const CAPABILITIES: u64 = 0x1fd;
+
+/// What the player has seen.
+#[derive(Clone, Default)]
+pub struct State {
+    /// How far the launch has come.
+    pub stage: Option<Stage>,
+    /// The launch, once there was one.
+    pub launch: Option<Launch>,
+    /// Why SINIT refused it.
+    pub refusal: Option<Refusal>,
+    /// The TXT.ERRORCODE with which the platform was reset.
+    pub reset: Option<u32>,
+    /// Whether the MLE has left by SEXIT.
+    pub exited: bool,
+    /// Why the player had to give up.
+    pub failure: Option<String>,
+}
+
+/// The player's state, for those who watch.
+#[derive(Clone, Default)]
+pub struct Watch(Arc<Mutex<State>>);
+
+impl Watch {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As it is now.
+    pub fn state(&self) -> State {
+        self.lock().clone()
+    }
+
+    pub(super) fn fail(&self, why: String) {
+        self.lock().failure = Some(why);
+    }
+}
+
+impl Target for Debugger {
+    fn read(&mut self, at: u64, length: usize) -> Result<Vec<u8>> {
+        Debugger::read(self, at, length)
+    }
+
+    fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
+        Debugger::write(self, at, bytes)
+    }
+}
+
+/// What the player needs to know of its machine.
+pub struct Part {
+    /// The TPM's control channel.
+    pub control: Control,
+    /// Its commands.
+    pub chip: Link,
+    /// Its active banks.
+    pub banks: String,
+    /// Memory of the machine.
+    pub memory: Memory,
+    /// CPUs.
+    pub cpus: u32,
+    /// What goes wrong.
+    pub fault: Option<Fault>,
+    /// Where to say what was done.
+    pub log: File,
+}
+
+/// Plays.
+pub struct Player {
+    part: Part,
+    crb: Crb,
+    registers: Option<Registers>,
+    /// Breakpoints: number and address.
+    points: Vec<(u32, u64)>,
+    /// What the other CPUs' start page held.
+    saved: Option<Vec<u8>>,
+    since: Instant,
+    watch: Watch,
+}
+
+impl Player {
+    /// Waits for the firmware's word.
+    pub fn new(debugger: &mut Debugger, part: Part, watch: Watch) -> Result<Self> {
+        debugger.watch_writes(at::MAILBOX, 8)?;
+        let (crb, since) = (Crb::default(), Instant::now());
+        Ok(Self { part, crb, registers: None, points: Vec::new(), saved: None, since, watch })
+    }
+
+    fn say(&mut self, text: &str) {
+        // The log is a convenience; a full disk must not change the machine's course.
+        let _ = writeln!(self.part.log, "{:7.2} s  {text}", self.since.elapsed().as_secs_f64());
+    }
+
+    /// The machine stands still for `stop`; whether it goes on.
+    pub fn stopped(&mut self, machine: &mut Debugger, stop: &Stop) -> Result<bool> {
+        match *stop {
+            Stop::Write { at: at::MAILBOX, .. } => self.begin(machine)?,
+            Stop::Write { at, .. } if at & !0xffff == crb::BASE => {
+                self.crb.written(machine, &mut self.part.chip, at)?;
+            }
+            Stop::Write { at, .. } if at & !0xfff == vt_d::BASE => vt_d::written(machine, at)?,
+            Stop::Write { at, .. } => {
+                let Some(registers) = &mut self.registers else { return Ok(true) };
+                if registers.written(machine, &mut self.crb, at)? == Effect::Reset {
+                    let code = registers.errorcode();
+                    self.say(&format!("TXT.CMD.RESET with TXT.ERRORCODE {code:#x}"));
+                    self.watch.lock().reset = Some(code);
+                    return Ok(false);
+                }
+            }
+            Stop::Breakpoint { cpu } => {
+                machine.select(cpu)?;
+                let registers = machine.registers()?;
+                return self.breakpoint(machine, cpu, &registers);
+            }
+            _ => {}
+        }
+        Ok(true)
+    }
+
+    /// The firmware starts something: the board's TPM and TXT are there from now on.
+    fn begin(&mut self, machine: &mut Debugger) -> Result<()> {
+        let (base, size) = (machine.read64(at::MAILBOX)?, machine.read64(at::MAILBOX + 8)?);
+        self.say(&format!("firmware starts {size:#x} bytes at {base:#x}"));
+        for locality in 0..crb::LOCALITIES {
+            self.crb.open(machine, locality, locality == 0)?;
+            machine.watch_writes(crb::BASE + 0x1000 * locality, crb::REGISTERS)?;
+        }
+        self.registers = Some(Registers::new(machine)?);
+        for space in [at::PRIVATE, at::PUBLIC] {
+            machine.watch_writes(space, at::REGISTERS_END)?;
+        }
+        vt_d::begin(machine)?;
+        machine.watch_writes(vt_d::BASE, vt_d::SIZE)?;
+        self.arm(machine, base, size as usize)
+    }
+
+    /// Sets breakpoints on all that may be GETSEC in memory.
+    fn arm(&mut self, machine: &mut Debugger, base: u64, size: usize) -> Result<()> {
+        let bytes = machine.read(base, size)?;
+        let found = bytes.windows(2).enumerate().filter(|(_, w)| *w == GETSEC);
+        for address in found.map(|(offset, _)| base + offset as u64).collect::<Vec<_>>() {
+            let number = machine.break_at(address)?;
+            self.points.push((number, address));
+            self.say(&format!("GETSEC may be at {address:#x}"));
+        }
+        Ok(())
+    }
+
+    fn disarm(&mut self, machine: &mut Debugger) -> Result<()> {
+        self.points.drain(..).try_for_each(|(number, _)| machine.remove(number))
+    }
+
+    fn breakpoint(&mut self, machine: &mut Debugger, cpu: u32, registers: &Cpu) -> Result<bool> {
+        let rip = registers.get("rip")?;
+        let launch = self.watch.lock().launch.clone();
+        if let Some(launch) = launch.filter(|launch| launch.entry == rip && self.saved.is_some()) {
+            self.entered(machine, &launch)?;
+            return Ok(true);
+        }
+        let is = machine.read(rip, GETSEC.len())?;
+        ensure!(is == GETSEC, "stopped at {rip:#x}, where there is no GETSEC");
+        let leaf = registers.get("rax")? as u32;
+        let mut answer: &[(&str, u64)] = &[];
+        match leaf {
+            leaf::CAPABILITIES => answer = &[("rax", CAPABILITIES)],
+            leaf::PARAMETERS => answer = &[("rax", 0), ("rbx", 0), ("rcx", 0)],
+            leaf::SENTER => return self.senter(machine, cpu, registers),
+            leaf::SMCTRL => {}
+            leaf::WAKEUP => machine.write32(at::SINIT_BASE + acm::WAKEUP, 1)?,
+            leaf::SEXIT => self.exit(machine)?,
+            other => anyhow::bail!("GETSEC[{other}] at {rip:#x}: #GP"),
+        }
+        for &(name, value) in answer {
+            machine.set_register(name, value)?;
+        }
+        machine.set_register("rip", rip + GETSEC.len() as u64)?;
+        self.say(&format!("GETSEC[{leaf}] at {rip:#x} on CPU {cpu}"));
+        Ok(true)
+    }
+
+    fn senter(&mut self, machine: &mut Debugger, cpu: u32, registers: &Cpu) -> Result<bool> {
+        let senter =
+            Senter { ebx: registers.get("rbx")?, ecx: registers.get("rcx")?, edx: registers.get("rdx")? };
+        self.say(&format!("GETSEC[SENTER] on CPU {cpu}: {senter:x?}"));
+        ensure!(cpu == 0, "GETSEC[SENTER] on CPU {cpu}, which is not the boot processor: #GP");
+        self.watch.lock().stage = Some(Stage::Skinit);
+        if let Some(fault) = self.part.fault {
+            sinit::spoil(machine, fault)?;
+        }
+        let Part { control, chip, memory, banks, .. } = &mut self.part;
+        let launch = match sinit::launch(machine, control, chip, memory, banks, senter)? {
+            Ok(launch) => launch,
+            Err(refusal) => {
+                let Refusal { code, why } = &refusal;
+                self.say(&format!("SINIT refuses: {why}; TXT.ERRORCODE {code:#x}"));
+                let mut state = self.watch.lock();
+                state.reset = Some(refusal.code);
+                state.refusal = Some(refusal);
+                return Ok(false);
+            }
+        };
+        for (bank, [code, authorities]) in &launch.pcrs {
+            let (code, authorities) = (hex::encode(code), hex::encode(authorities));
+            self.say(&format!(
+                "measured {:#x} bytes, {bank}: PCR 17 {code}, 18 {authorities}",
+                launch.image.len()
+            ));
+        }
+        if let Some(registers) = &mut self.registers {
+            registers.renew(machine)?;
+        }
+        self.crb.open(machine, 2, true)?;
+        self.disarm(machine)?;
+        let parameters = acm::Parameters {
+            cr4: CR4_SMXE,
+            others: self.part.cpus - 1,
+            start_page: (START_PAGE >> 12) as u8,
+            entry: launch.entry as u32,
+            page_tables: launch.page_tables as u32,
+            never_join: self.part.fault == Some(Fault::RlpMissing),
+        };
+        let start = acm::start_code(at::SINIT_BASE);
+        self.saved = Some(machine.read(START_PAGE, start.len())?);
+        machine.write(START_PAGE, &start)?;
+        machine.write(at::SINIT_BASE + acm::PARAMETERS, &parameters.bytes())?;
+        machine.set_register("rip", at::SINIT_BASE + acm::CODE)?;
+        let number = machine.break_at(launch.entry)?;
+        self.points.push((number, launch.entry));
+        self.say(&format!("SINIT runs, to enter the MLE at {:#x}", launch.entry));
+        self.watch.lock().launch = Some(launch);
+        Ok(true)
+    }
+
+    /// The MLE's first instruction.
+    fn entered(&mut self, machine: &mut Debugger, launch: &Launch) -> Result<()> {
+        self.disarm(machine)?;
+        if let Some(saved) = self.saved.take() {
+            machine.write(START_PAGE, &saved)?;
+        }
+        let intact = machine.read(launch.base, launch.image.len())? == launch.image;
+        self.say(&format!("MLE entered, {}", if intact { "unchanged" } else { "CHANGED" }));
+        self.watch.lock().stage = Some(Stage::Mle);
+        self.arm(machine, launch.base, launch.image.len())
+    }
+
+    fn exit(&mut self, machine: &mut Debugger) -> Result<()> {
+        if let Some(registers) = &mut self.registers {
+            registers.set(machine, at::STS, at::STS_SEXIT_DONE.into())?;
+        }
+        self.watch.lock().exited = true;
+        Ok(())
+    }
+}
