@@ -28,7 +28,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@ (Ctrl-a x ends the machine, Ctrl-d in the shell turns it off). Variables:
 #@   GUEST_CMD='...'  run this shell script as root in the guest instead, print its output and end with its
 #@                    status (make itself turns any status but 0 into 2, and names it; `bench run` does not)
-#@   MACHINE=amd|intel  QEMU with SVM, or Bochs with VMX (amd); intel takes NATIVE=1 alone as yet, about 2 minutes a boot
+#@   MACHINE=amd|intel  QEMU with SVM and SKINIT, or Bochs with VMX and SENTER (amd); a boot of the latter takes minutes
 #@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
 #@   MEM=2048  SMP=2  RAM in MiB, CPUs
 #@   TPM=tis|crb      TPM interface (tis)

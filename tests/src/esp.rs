@@ -31,20 +31,31 @@ pub enum Source {
 /// The Boot Loader Specification entry that the loader reads.
 ///
 /// Spec: Boot Loader Specification, "Type #1 Boot Loader Specification Entries"; the `cordon-` keys are ours.
-pub fn entry(cmdline: &str, with_config: bool, locality0: bool) -> String {
+pub fn entry(cmdline: &str, with_config: bool, launch: Launch, locality0: bool) -> String {
     let mut text = format!(
-        "title Cordon\nlinux /vmlinuz\ninitrd /initrd.img\noptions {cmdline}\n\
-         cordon-slb /cordon/slb.bin\ncordon-mle /cordon/mle.bin\n"
+        "title Cordon\nlinux /vmlinuz\ninitrd /initrd.img\noptions {cmdline}\ncordon-mle /cordon/mle.bin\n"
     );
     if with_config {
         text.push_str("cordon-config /cordon/cordon.conf\n");
     }
-    // The emulated CPU does not report SKINIT: the bench plays it.
-    text.push_str("cordon-skinit insist\n");
+    text.push_str(match launch {
+        // The emulated CPU does not report SKINIT: the bench plays it.
+        Launch::Skinit => "cordon-slb /cordon/slb.bin\ncordon-skinit insist\n",
+        Launch::Senter => "cordon-sinit /cordon/sinit.bin\n",
+    });
     if locality0 {
         text.push_str("cordon-locality0 allow\n");
     }
     text
+}
+
+/// How a machine launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launch {
+    /// By SKINIT.
+    Skinit,
+    /// By GETSEC\[SENTER\].
+    Senter,
 }
 
 /// Makes the disk image `to` with `items` on it.

@@ -13,7 +13,7 @@ use crate::bochs::player::Watch;
 use crate::bochs::{self, Bochs};
 use crate::channel::{Channel, Output, Wait};
 use crate::emulator::Emulator;
-use crate::esp::{self, Item, Source};
+use crate::esp::{self, Item, Launch, Source};
 use crate::paths;
 use crate::qemu::Qemu;
 use crate::run_dir::RunDir;
@@ -199,10 +199,19 @@ impl Spec {
             items.push(Item { path: "board.bin", source: Source::Bytes(records.bytes()) });
         }
         if self.boot == Boot::Cordon {
-            let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), self.tpm == Tpm::Crb);
+            let (launch, locality0) = match self.board {
+                Board::Amd => (Launch::Skinit, self.tpm == Tpm::Crb),
+                Board::Intel => (Launch::Senter, false),
+            };
+            let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), launch, locality0);
             items.push(text("loader/entries/cordon.conf", entry));
             items.push(file(first, paths::loader()));
-            items.push(file("cordon/slb.bin", self.slb.clone()));
+            items.push(match launch {
+                Launch::Skinit => file("cordon/slb.bin", self.slb.clone()),
+                Launch::Senter => {
+                    Item { path: "cordon/sinit.bin", source: Source::Bytes(senter::acm::module()) }
+                }
+            });
             items.push(file("cordon/mle.bin", self.mle.clone()));
             items.extend(self.config.iter().map(|path| file("cordon/cordon.conf", path.clone())));
         }

@@ -26,12 +26,12 @@ use crate::stage::Stage;
 use crate::swtpm::Control;
 
 const SKINIT: [u8; 3] = [0x0f, 0x01, 0xde];
-/// Where in its launch page the loader has SKINIT.
-const SKINIT_OFFSET: u64 = 0xf0;
+/// Where in its launch page the loader has SKINIT or GETSEC.
+pub const SKINIT_OFFSET: u64 = 0xf0;
 /// Where in the launch page the microcode is put, for as long as it runs.
 const MICROCODE_OFFSET: u64 = 0x100;
 /// Pages that a launch page may start on: below the extended BIOS data area, not page 0.
-const CANDIDATES: std::ops::Range<u64> = 1..0x9f;
+pub const CANDIDATES: std::ops::Range<u64> = 1..0x9f;
 const PAGE: u64 = 0x1000;
 /// What RIP, CS and CR0 hold on a CPU that INIT has reset and no SIPI has started.
 const INIT_STATE: [(&str, u64); 3] = [("rip", 0xfff0), ("cs", 0xf000), ("cr0", 0x6000_0010)];

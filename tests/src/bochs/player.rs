@@ -15,6 +15,7 @@ use crate::senter::crb::{self, Crb};
 use crate::senter::registers::{Effect, Registers};
 use crate::senter::sinit::{self, Launch, Memory, Refusal, Senter};
 use crate::senter::{Fault, Target, acm, layout as at, vt_d};
+use crate::skinit;
 use crate::stage::Stage;
 use crate::swtpm::{Control, Link};
 
@@ -130,6 +131,9 @@ impl Player {
             Stop::Write { at: at::MAILBOX, .. } => self.begin(machine)?,
             Stop::Write { at, .. } if at & !0xffff == crb::BASE => {
                 self.crb.written(machine, &mut self.part.chip, at)?;
+                if at == crb::BASE + crb::LOC_CTRL {
+                    self.look_for_launch_page(machine)?;
+                }
             }
             Stop::Write { at, .. } if at & !0xfff == vt_d::BASE => vt_d::written(machine, at)?,
             Stop::Write { at, .. } => {
@@ -176,6 +180,22 @@ impl Player {
             let number = machine.break_at(address)?;
             self.points.push((number, address));
             self.say(&format!("GETSEC may be at {address:#x}"));
+        }
+        Ok(())
+    }
+
+    /// The loader executes SENTER in its launch page, which it fills before it gives up locality 0.
+    fn look_for_launch_page(&mut self, machine: &mut Debugger) -> Result<()> {
+        if self.watch.lock().stage.is_some() {
+            return Ok(());
+        }
+        for page in skinit::CANDIDATES {
+            let address = page * 0x1000 + skinit::SKINIT_OFFSET;
+            if !self.points.iter().any(|&(_, at)| at == address) && machine.read(address, 2)? == GETSEC {
+                let number = machine.break_at(address)?;
+                self.points.push((number, address));
+                self.say(&format!("GETSEC written to {address:#x}"));
+            }
         }
         Ok(())
     }

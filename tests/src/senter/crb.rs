@@ -18,7 +18,8 @@ const BUFFER: u64 = 0x80;
 const BUFFER_SIZE: u32 = 0xf80;
 
 const LOC_STATE: u64 = 0x00;
-const LOC_CTRL: u64 = 0x08;
+/// TPM_LOC_CTRL_0.
+pub const LOC_CTRL: u64 = 0x08;
 const LOC_STS: u64 = 0x0c;
 const INTERFACE_ID: u64 = 0x30;
 const CTRL_REQ: u64 = 0x40;
