@@ -31,7 +31,7 @@ fn efivarfs(boot_by: Boot, firmware: Firmware) -> String {
         machine.check("cordon verify").unwrap();
     }
     machine.power_off().unwrap();
-    text + &tool
+    text + "\n" + &tool
 }
 
 fn same_as_without_cordon(firmware: Firmware) {
@@ -46,7 +46,7 @@ fn same_as_without_cordon(firmware: Firmware) {
         "after that: gone\n",
         "large: ok, the same\n",
         "bad name abc: Invalid argument\n",
-        "all removed: \n",
+        "all removed:\n",
         "|tool",
     ] {
         assert!(with.contains(expected), "no {expected:?} in\n{with}");
