@@ -141,7 +141,7 @@ pub extern "sysv64" fn main() -> ! {
     let mut msr_map = MsrMap::new(vendor, &mut pool).unwrap();
     msr::Guards::of(vendor).intercept(|index, what| msr_map.intercept(index, what));
     let port_map: &mut PortMap = pool.object().unwrap();
-    ports::guard_smi(port_map);
+    ports::guard_smi(port_map, None);
     let vm = Vm {
         vendor,
         msrs: msr_map.address(),
