@@ -424,11 +424,13 @@ impl<'a> Line<'a> {
 
     fn policy(self, service: Service) -> Result<Policy, ConfigErrorKind<'a>> {
         let Self { key, value } = self;
-        // SetVirtualAddressMap is answered by the MLE, and no guest gets far without it; only writes can wait.
+        // SetVirtualAddressMap is answered by the MLE, and no guest gets far without it; so is ResetSystem. Only writes
+        // can wait.
         let expected = match service {
-            Service::SetVariable => "sandbox, locked, deferred or deny",
+            Service::SetVariable => "sandbox, locked, deferred, native or deny",
             Service::SetVirtualAddressMap => "sandbox or deny",
-            _ if service.supported() => "sandbox, locked or deny",
+            Service::ResetSystem => "sandbox, locked or deny",
+            _ if service.supported() => "sandbox, locked, native or deny",
             _ => "deny",
         };
         match value {
@@ -436,6 +438,7 @@ impl<'a> Line<'a> {
             "sandbox" if service.supported() => Ok(Policy::Sandbox),
             "locked" if service.supported() && service != Service::SetVirtualAddressMap => Ok(Policy::Locked),
             "deferred" if service == Service::SetVariable => Ok(Policy::Deferred),
+            "native" if service.runs_firmware() => Ok(Policy::Native),
             "sandbox" | "locked" | "deferred" | "native" | "relaunch" => {
                 Err(ConfigErrorKind::NotSupportedYet { key, value, expected })
             }
@@ -504,6 +507,22 @@ mod tests {
     }
 
     #[test]
+    fn native_is_for_services_that_firmware_carries_out() {
+        for service in Service::ALL {
+            let file = format!("service.{} = native", service.name());
+            let taken = Config::parse(file.as_bytes()).map(|c| c.policies.any(Policy::Native));
+            assert_eq!(taken.is_ok(), service.runs_firmware(), "{file}");
+            assert!(taken.unwrap_or(true));
+        }
+        assert!(!Config::default().policies.any(Policy::Native));
+        let refused = message("service.SetVariable = relaunch");
+        assert!(
+            refused.ends_with("this version takes sandbox, locked, deferred, native or deny"),
+            "{refused}"
+        );
+    }
+
+    #[test]
     fn every_key_is_read() {
         let file = "log=debug\r\nsandbox.budget-ms = 500\nservice.SetTime = deny\n  # é in a comment\n\
                     service.GetTime =sandbox\nservice.SetVariable = locked\n\
@@ -554,7 +573,7 @@ mod tests {
             (
                 "service.SetTime = deferred",
                 "configuration line 1: service.SetTime = deferred: not supported yet; \
-                 this version takes sandbox, locked or deny",
+                 this version takes sandbox, locked, native or deny",
             ),
             (
                 "service.ConvertPointer = sandbox",

@@ -19,6 +19,8 @@ pub enum Policy {
     Locked,
     /// Of SetVariable: the guest sees its write at once, firmware gets it when the machine is reset.
     Deferred,
+    /// Firmware is trusted with this call: it reaches what the guest's kernel does, and its own memory.
+    Native,
     /// EFI_UNSUPPORTED, and the service's bit is clear in EFI_RT_PROPERTIES_TABLE. For single variables:
     /// EFI_SECURITY_VIOLATION.
     Deny,
@@ -31,6 +33,7 @@ impl Policy {
             Self::Sandbox => "sandbox",
             Self::Locked => "locked",
             Self::Deferred => "deferred",
+            Self::Native => "native",
             Self::Deny => "deny",
         }
     }
@@ -104,10 +107,10 @@ impl Policies {
         self.rules.iter().find(|rule| rule.covers(service, guid, name)).map_or(whole, |rule| rule.policy)
     }
 
-    /// Whether any write is deferred.
-    pub fn defer(&self) -> bool {
+    /// Whether `policy` is in force for any call.
+    pub fn any(&self, policy: Policy) -> bool {
         let rules = self.rules.iter().map(|rule| rule.policy);
-        self.services.iter().copied().chain(rules).any(|policy| policy == Policy::Deferred)
+        self.services.iter().copied().chain(rules).any(|p| p == policy)
     }
 
     /// The mask for EFI_RT_PROPERTIES_TABLE: a bit for each service that is not denied.

@@ -9,6 +9,7 @@ use hv::vcpu::{Access, Exit};
 
 use crate::acpi::Ports;
 use crate::config::{Config, Denied, OnDeath, PortRange, SandboxConfig};
+use crate::exposure::Decision;
 
 /// Index port of the real-time clock.
 pub const RTC_INDEX: u16 = 0x70;
@@ -135,6 +136,25 @@ impl fmt::Display for Reason {
     }
 }
 
+/// With which rights a call runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// With firmware's own memory and devices, and the ports and registers that the configuration lists.
+    Sandbox,
+    /// With what the guest's kernel has, too.
+    Native,
+}
+
+impl Place {
+    /// As the exposure log has it.
+    pub fn decision(self) -> Decision {
+        match self {
+            Self::Sandbox => Decision::SANDBOX,
+            Self::Native => Decision::NATIVE,
+        }
+    }
+}
+
 /// Whether calls may start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
@@ -167,6 +187,8 @@ pub enum Verdict {
     Cpuid,
     /// Do the port access for the firmware, advance, run on.
     PassPort,
+    /// Do the port access as for the guest's kernel, from which this port is guarded, advance, run on.
+    GuardedPort,
     /// Write `index` to [`RTC_INDEX`] in place of what the firmware gave, advance, run on.
     SelectRtc {
         /// The register of the clock, without the bit that masks NMIs.
@@ -194,6 +216,8 @@ pub enum Verdict {
 pub struct Counters {
     /// Calls started.
     pub calls: u64,
+    /// Those of them that ran natively.
+    pub native: u64,
     /// Exits of all kinds.
     pub exits: u64,
     /// Software SMIs requested.
@@ -222,13 +246,23 @@ pub struct Sandbox {
     rtc_index: u8,
     exits: u32,
     counters: Counters,
+    /// Where the call runs that runs, or ran last.
+    place: Place,
 }
 
 impl Sandbox {
     /// A sandbox that is ready. `acpi`: firmware waits with the ACPI timer, and may read it.
     pub fn new(config: &Config, acpi: Ports) -> Self {
         let config = config.sandbox.clone();
-        Self { state: State::Ready, config, acpi, rtc_index: 0, exits: 0, counters: Counters::default() }
+        Self {
+            state: State::Ready,
+            config,
+            acpi,
+            rtc_index: 0,
+            exits: 0,
+            counters: Counters::default(),
+            place: Place::Sandbox,
+        }
     }
 
     fn limit_us(&self) -> u64 {
@@ -254,12 +288,16 @@ impl Sandbox {
     }
 
     /// Starts a call.
-    pub fn start(&mut self, now_us: u64) -> Result<(), NotReady> {
+    pub fn start(&mut self, now_us: u64, place: Place) -> Result<(), NotReady> {
         match self.state {
             State::Ready => {
                 self.state = State::Running { since_us: now_us };
                 self.exits = 0;
+                self.place = place;
                 bump(&mut self.counters.calls);
+                if place == Place::Native {
+                    bump(&mut self.counters.native);
+                }
                 Ok(())
             }
             State::Running { .. } => Err(NotReady::Busy),
@@ -366,13 +404,18 @@ impl Sandbox {
     fn port(&self, port: u16, size: u8, input: bool, al: u8) -> Verdict {
         let reached = |smi: u16| smi.checked_sub(port).is_some_and(|offset| offset < u16::from(size));
         match (port, size, input) {
+            (SMI_COMMAND, 1, false) => Verdict::RaiseSmi { port, command: al },
+            (p, 1, false) if self.place == Place::Native && Some(p) == self.acpi.smi_command => {
+                Verdict::RaiseSmi { port, command: al }
+            }
+            // The others do not even exit.
+            _ if self.place == Place::Native => Verdict::GuardedPort,
             (RTC_INDEX, 1, false) => Verdict::SelectRtc { index: al & !NMI_MASK },
             // CMOS memory is not the clock's: others keep their settings there.
             (RTC_DATA, 1, false) if self.rtc_index > RTC_LAST && self.rtc_index != RTC_CENTURY => {
                 self.denied(port, input)
             }
             (RTC_INDEX | RTC_DATA | SMI_DATA, 1, _) | (SMI_COMMAND, 1, true) => Verdict::PassPort,
-            (SMI_COMMAND, 1, false) => Verdict::RaiseSmi { port, command: al },
             (p, 4, true) if Some(p) == self.acpi.pm_timer => Verdict::PassPort,
             _ if !self.config.ports.iter().any(|r| r.width == size && whole(r, port)) => {
                 self.denied(port, input)
@@ -414,7 +457,7 @@ mod tests {
             &Config::parse(b"sandbox.budget-ms = 100").unwrap(),
             Ports { pm_timer: Some(0x608), smi_command: None },
         );
-        s.start(1_000).unwrap();
+        s.start(1_000, Place::Sandbox).unwrap();
         s
     }
 
@@ -425,11 +468,11 @@ mod tests {
     #[test]
     fn one_call_after_the_other() {
         let mut s = running();
-        assert_eq!(s.start(2_000), Err(NotReady::Busy));
+        assert_eq!(s.start(2_000, Place::Sandbox), Err(NotReady::Busy));
         assert_eq!(s.deadline_us(), Some(101_000));
         assert_eq!(s.exit(&Exit::Hypercall, true, 0, 50_000), Verdict::Return);
         assert_eq!((s.state(), s.deadline_us()), (State::Ready, None));
-        assert_eq!(s.start(60_000), Ok(()));
+        assert_eq!(s.start(60_000, Place::Sandbox), Ok(()));
         assert_eq!((s.counters().calls, s.counters().longest_us), (2, 49_000));
     }
 
@@ -439,13 +482,13 @@ mod tests {
         assert_eq!(s.exit(&Exit::Interrupt, false, 0, 101_000), Verdict::Resume);
         let reason = Reason::Budget { used_us: 100_001, limit_us: 100_000 };
         assert_eq!(s.exit(&Exit::Interrupt, false, 0, 101_001), Verdict::Stop(reason));
-        assert_eq!(s.start(200_000), Err(NotReady::Dead(reason)));
+        assert_eq!(s.start(200_000, Place::Sandbox), Err(NotReady::Dead(reason)));
         assert_eq!(s.exit(&Exit::Cpuid, false, 0, 0), Verdict::Stop(reason));
         assert_eq!(reason.to_string(), "call took 100 ms, budget 100 ms");
         // Each call has a budget of its own, and a late return is a return.
         let mut s = running();
         assert_eq!(s.exit(&Exit::Hypercall, true, 0, 500_000), Verdict::Return);
-        s.start(600_000).unwrap();
+        s.start(600_000, Place::Sandbox).unwrap();
         assert_eq!(s.exit(&Exit::Interrupt, false, 0, 650_000), Verdict::Resume);
     }
 
@@ -483,7 +526,7 @@ mod tests {
         assert_eq!((s.counters().smis, s.counters().last_denied_port), (1, Some(0xffff)));
         assert_eq!(s.counters().denied_ports, 65536 * 6 - 9);
         let mut s = Sandbox::new(&Config::default(), Ports::default());
-        s.start(0).unwrap();
+        s.start(0, Place::Sandbox).unwrap();
         assert_eq!(s.exit(&port(0x608, 4, true), false, 0, 0), Verdict::DenyPort);
     }
 
@@ -506,7 +549,7 @@ mod tests {
     fn the_configuration_opens_ports_whole() {
         let config = Config::parse(b"sandbox.port.0x400-0x405 = dword\nsandbox.denied-ports = stop").unwrap();
         let mut s = Sandbox::new(&config, Ports::default());
-        s.start(0).unwrap();
+        s.start(0, Place::Sandbox).unwrap();
         assert_eq!(s.exit(&port(0x402, 4, true), false, 0, 0), Verdict::PassPort);
         assert_eq!(s.exit(&port(0xb2, 1, true), false, 0, 0), Verdict::PassPort);
         let reason = Reason::Port { port: 0x403, input: true };
@@ -528,18 +571,44 @@ mod tests {
             (listed, Ports::default(), 0xb0, 4, Verdict::DenyPort),
         ] {
             let mut s = Sandbox::new(&Config::parse(config).unwrap(), acpi);
-            s.start(0).unwrap();
+            s.start(0, Place::Sandbox).unwrap();
             assert_eq!(s.exit(&port(at, size, false), false, 9, 0), expected, "{at:#x} {size}");
         }
         let mut s = Sandbox::new(&Config::parse(listed).unwrap(), other);
-        s.start(0).unwrap();
+        s.start(0, Place::Sandbox).unwrap();
         assert_eq!(s.exit(&port(0x1480, 1, true), false, 0, 0), Verdict::PassPort);
+    }
+
+    #[test]
+    fn natively_a_port_that_exits_is_one_that_the_kernel_has_not_and_smis_are_asked_for_all_the_same() {
+        const OTHER: Ports = Ports { pm_timer: None, smi_command: Some(0x1480) };
+        let mut s = Sandbox::new(&Config::parse(b"sandbox.denied-ports = stop").unwrap(), OTHER);
+        s.start(0, Place::Native).unwrap();
+        assert_eq!(s.exit(&port(0xcf8, 4, false), false, 0, 0), Verdict::GuardedPort);
+        assert_eq!(s.exit(&port(0x71, 1, false), false, 0, 0), Verdict::GuardedPort);
+        assert_eq!(
+            s.exit(&port(0xb2, 1, false), false, 0x5a, 0),
+            Verdict::RaiseSmi { port: 0xb2, command: 0x5a }
+        );
+        assert_eq!(s.exit(&port(0xb2, 2, false), false, 0x5a, 0), Verdict::GuardedPort);
+        let other = Verdict::RaiseSmi { port: 0x1480, command: 0x5a };
+        assert_eq!(s.exit(&port(0x1480, 1, false), false, 0x5a, 0), other);
+        // What is nobody's but the MLE's is not firmware's either.
+        let hole = Exit::Memory { gpa: 0x1000, access: Access::Read, table_walk: false };
+        assert!(matches!(s.exit(&hole, false, 0, 0), Verdict::Stop(Reason::Memory { .. })));
+        assert_eq!((s.counters().calls, s.counters().native), (1, 1));
+        let mut s = running();
+        s.exit(&Exit::Hypercall, true, 0, 1_000);
+        s.start(2_000, Place::Native).unwrap();
+        s.exit(&Exit::Hypercall, true, 0, 2_000);
+        s.start(3_000, Place::Sandbox).unwrap();
+        assert_eq!(s.exit(&port(0xcf8, 4, false), false, 0, 3_000), Verdict::DenyPort);
     }
 
     #[test]
     fn a_call_has_a_budget_of_exits() {
         let mut s = Sandbox::new(&Config::parse(b"sandbox.budget-exits = 1000").unwrap(), Ports::default());
-        s.start(0).unwrap();
+        s.start(0, Place::Sandbox).unwrap();
         for _ in 0..1000 {
             assert_eq!(s.exit(&Exit::Cpuid, false, 0, 0), Verdict::Cpuid);
         }
@@ -553,12 +622,12 @@ mod tests {
         let mut s = running();
         s.kill(Reason::Halt);
         assert!(!s.revive());
-        assert_eq!(s.start(0), Err(NotReady::Dead(Reason::Halt)));
+        assert_eq!(s.start(0, Place::Sandbox), Err(NotReady::Dead(Reason::Halt)));
         let config = Config::parse(b"sandbox.on-death = restart\nsandbox.denied-msrs = ignore").unwrap();
         let mut s = Sandbox::new(&config, Ports::default());
         s.kill(Reason::Halt);
         assert!(s.revive());
-        assert_eq!((s.start(0), s.counters().restarts), (Ok(()), 1));
+        assert_eq!((s.start(0, Place::Sandbox), s.counters().restarts), (Ok(()), 1));
         assert_eq!(s.exit(&Exit::MsrRead { index: 0x1b }, false, 0, 0), Verdict::DenyMsr);
         assert_eq!(s.counters().denied_msrs, 1);
     }
@@ -595,7 +664,7 @@ mod tests {
     fn it_can_be_given_up_from_outside() {
         let mut s = running();
         s.kill(Reason::NoEntry);
-        assert_eq!(s.start(0), Err(NotReady::Dead(Reason::NoEntry)));
+        assert_eq!(s.start(0, Place::Sandbox), Err(NotReady::Dead(Reason::NoEntry)));
         let mut idle = Sandbox::new(&Config::default(), Ports::default());
         assert!(matches!(idle.exit(&Exit::Cpuid, false, 0, 0), Verdict::Stop(_)));
     }

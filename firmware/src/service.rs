@@ -127,6 +127,11 @@ impl Service {
         !matches!(self, Self::ConvertPointer)
     }
 
+    /// Whether firmware has a part in it. The MLE answers the others itself.
+    pub const fn runs_firmware(self) -> bool {
+        self.supported() && !matches!(self, Self::ResetSystem | Self::SetVirtualAddressMap)
+    }
+
     /// Whether this is one of those that take capsules.
     pub const fn takes_capsules(self) -> bool {
         matches!(self, Self::UpdateCapsule | Self::QueryCapsuleCapabilities)

@@ -12,6 +12,7 @@ use firmware::exposure::{Kind, Record, Text};
 use firmware::linux::{HEADER_BYTES, Kernel, LinuxError};
 use firmware::measure;
 use firmware::memmap::{MapError, MemoryMap};
+use firmware::policy::Policy;
 use firmware::smm::facts::Facts;
 use firmware::tables::{FirmwareTables, TablesError};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
@@ -19,7 +20,7 @@ use hv::failure::MleError;
 use hv::io::{Msr, PhysMem};
 use hv::launch::{Handoff, PCR_CONFIG, PCR_FIRMWARE, SlbHeader, event};
 use hv::radix::{self, PageSize, Tables};
-use hv::space::{self, View};
+use hv::space::{self, AddressSpace, View};
 use hv::vcpu::Role;
 use iommu::DmaArea;
 use iommu::pci::Function;
@@ -301,9 +302,15 @@ fn launch<'a>(
     let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
     let tables_from = pool.mark();
     let nested = Tables::new(features.vendor.nested_format(), 4, features.largest_nested, &mut pool)?;
-    features.vendor.map_guest(&space, &nested, &mut pool, &msrs, features.bits)?;
+    let map_guest = |space: &AddressSpace, nested: &Tables, pool: &mut PagePool| -> Result<(), MemoryError> {
+        features.vendor.map_guest(space, nested, pool, &msrs, features.bits)?;
+        match layout.config_space {
+            Some(copies) => memory::replace_config_space(&ecam, &guarded, copies, nested, pool),
+            None => Ok(()),
+        }
+    };
+    map_guest(&space, &nested, &mut pool)?;
     if let Some(copies) = layout.config_space {
-        memory::replace_config_space(&ecam, &guarded, copies, &nested, &mut pool)?;
         for (function, at) in guarded.iter().zip((copies.start()..).step_by(PAGE_SIZE as usize)) {
             pci::copy(&Function::new(&ports, function.id), at, &mem).map_err(BootError::Memory)?;
         }
@@ -346,11 +353,11 @@ fn launch<'a>(
     let port_map: &mut PortMap = pool.object().ok_or(LaunchError::OutOfMemory("the port map"))?;
     let smi_command = acpi::smi_command(&mem, &acpi);
     guest::ports::guard_smi(port_map, smi_command.unwrap_or_default());
-    pci::guard(port_map, &ports, guarded);
+    pci::guard(port_map, &ports, guarded.clone());
     if !cpu.ignores_a20_mask() {
         guest::ports::guard_a20(port_map, &ports);
     }
-    if config.policies.defer() || senter::launched() {
+    if config.policies.any(Policy::Deferred) || senter::launched() {
         guest::ends::guard(port_map, acpi::end_ports(&mem, &acpi));
     }
     let maps_to = pool.mark();
@@ -389,7 +396,8 @@ fn launch<'a>(
     let sandboxed = sandbox::set_up(
         &mut pool,
         sandbox::Input {
-            vendor: features.vendor,
+            guest: vm,
+            map_guest: &map_guest,
             config: &config,
             layout: &layout,
             map: &map,
@@ -414,7 +422,9 @@ fn launch<'a>(
         looked_at.range(from, to);
     }
     looked_at.tables(&own, &pool, u64::MAX);
-    looked_at.tables(&sandboxed.nested, &pool, watch::CONSTANT);
+    for tables in [Some(&sandboxed.nested), sandboxed.native.as_ref()].into_iter().flatten() {
+        looked_at.tables(tables, &pool, watch::CONSTANT);
+    }
     looked_at.bits(trap::idt(), u64::MAX);
     looked_at.bits(memory.constant(), u64::MAX);
     looked_at.path(bsp.nested_root, &window);
@@ -434,6 +444,9 @@ fn launch<'a>(
     }
     if smi_command.is_err() {
         open("the FADT's SMI command port");
+    }
+    if config.policies.any(Policy::Native) {
+        open("firmware may reach the guest: policy native");
     }
     if unguarded != 0 {
         open("no protected regions before IOMMU tables");

@@ -130,7 +130,8 @@ pub struct ApicPage {
 }
 
 impl ApicPage {
-    const RANGE: PhysRange = match PhysRange::new(XAPIC_BASE, PAGE_SIZE) {
+    /// The page.
+    pub const RANGE: PhysRange = match PhysRange::new(XAPIC_BASE, PAGE_SIZE) {
         Some(range) => range,
         None => unreachable!(),
     };

@@ -4,7 +4,7 @@ use core::fmt::Write;
 use core::mem::replace;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use firmware::exposure::{self as log_format, Decision, Kind, Record, Text};
+use firmware::exposure::{self as log_format, Decision, Kind, Record};
 use hv::failure::MleError;
 use hv::io::{Clock, Mmio};
 use hv::vcpu::{Access, Exit};
@@ -15,7 +15,7 @@ use crate::backend::Vcpu;
 use crate::cpu::{self, Cpu};
 use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
-use crate::guest::{ends, pci, ports as guarded};
+use crate::guest::{ends, ports as guarded};
 use crate::metal::{PhysWindow, Ports, TscClock};
 use crate::{dma, exposure, fatal, senter, services, smi, smp};
 
@@ -179,31 +179,17 @@ pub fn guest(
                     fatal::end_by_guest(ports, format_args!("ResetSystem, {kind:?}"))
                 }
             },
-            Next::Port { port, size, input, .. } => {
-                let (id, value) = (local.id(), vcpu.gprs().rax as u32);
-                match pci::access(&ports, port, size, (!input).then_some(value)) {
-                    pci::Answer::Value(value) => guarded::finish_input(vcpu, exit, value),
-                    pci::Answer::Written => guarded::finish_port(vcpu, exit),
-                    pci::Answer::Dropped(refusal) => {
-                        if refusal.first {
-                            let record = Record::new(Kind::REFUSED, id, exposure::now_us(clock));
-                            let (text, decision) = (Some(Text::new(refusal)), Decision::DENIED);
-                            exposure::record(&Record { text, decision, ..record });
-                        }
-                        guarded::finish_port(vcpu, exit);
+            Next::Port { .. } => {
+                let id = local.id();
+                guarded::guarded_access(vcpu, exit, id, &ports, clock, |port, size, value| {
+                    if ends::is_end(port, size, value) {
+                        services::end_of_guest(cpu, local, ports);
+                        senter::end::with_machine();
                     }
-                    pci::Answer::NotOurs if input => guarded::port_access(vcpu, exit, Some(ports)),
-                    pci::Answer::NotOurs => {
-                        if ends::is_end(port, size, value) {
-                            services::end_of_guest(cpu, local, ports);
-                            senter::end::with_machine();
-                        }
-                        guarded::write(&ports, port, size, value, |at, command| {
-                            smi::of_guest((at, command), id, cpu, &ports, clock)
-                        });
-                        guarded::finish_port(vcpu, exit);
-                    }
-                }
+                    guarded::write(&ports, port, size, value, |at, command| {
+                        smi::of_guest((at, command), id, cpu, &ports, clock)
+                    });
+                });
             }
             Next::Shutdown => {
                 services::end_of_guest(cpu, local, ports);

@@ -10,6 +10,7 @@ use firmware::call::{CALL_BUFFER_SIZE, Gate};
 use firmware::config::{Config, OnDeath};
 use firmware::deferred::Overlay;
 use firmware::memmap::{MemoryMap, MemoryType, Region};
+use firmware::policy::Policy;
 use firmware::sandbox::Sandbox;
 use firmware::service::Service;
 use firmware::smm::communicate::find_core_private;
@@ -23,12 +24,13 @@ use hv::vcpu::Role;
 use log::{info, warn};
 use spin::Mutex;
 
-use crate::backend::{MsrMap, PortMap, Vcpu, VcpuPage, Vendor, Vm};
+use crate::backend::{MsrMap, PortMap, Vcpu, VcpuPage, Vm};
 use crate::boot::Layout;
 use crate::cpu::FpuArea;
+use crate::memory::{ApicPage, MemoryError};
 use crate::metal::{Identity, TscClock};
 use crate::pool::PagePool;
-use crate::services::{self, PRISTINE_MAX, Parts, STATUS_MAX};
+use crate::services::{self, PRISTINE_MAX, Parts, Runner, STATUS_MAX};
 use crate::smi::{self, SmiGate};
 use crate::watch::Watch;
 
@@ -40,6 +42,8 @@ static WATCH: Mutex<Watch> = Mutex::new(Watch::EMPTY);
 pub enum SandboxError {
     /// Its page tables.
     Tables(radix::Error),
+    /// Its view of the guest's memory.
+    Memory(MemoryError),
     /// The MLE region has no room for it.
     OutOfMemory {
         /// Bytes wanted.
@@ -60,6 +64,7 @@ impl fmt::Display for SandboxError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tables(e) => write!(f, "sandbox: {e}"),
+            Self::Memory(e) => write!(f, "sandbox: {e}"),
             Self::OutOfMemory { bytes, what } => {
                 write!(f, "sandbox: the MLE region has no {bytes} bytes left for {what}")
             }
@@ -77,10 +82,21 @@ impl From<radix::Error> for SandboxError {
     }
 }
 
+impl From<MemoryError> for SandboxError {
+    fn from(e: MemoryError) -> Self {
+        Self::Memory(e)
+    }
+}
+
+/// Maps what the guest's CPUs reach.
+pub type MapGuest<'a> = dyn Fn(&AddressSpace, &Tables, &mut PagePool) -> Result<(), MemoryError> + 'a;
+
 /// What a sandbox is made from.
 pub struct Input<'a> {
-    /// Which back end runs it.
-    pub vendor: Vendor,
+    /// The guest: the back end, and the ports and registers that firmware has when it runs natively.
+    pub guest: Vm,
+    /// What the guest reaches of memory.
+    pub map_guest: &'a MapGuest<'a>,
     /// The configuration in force.
     pub config: &'a Config,
     /// Where things of the guest and the sandbox lie.
@@ -111,6 +127,8 @@ pub struct Input<'a> {
 pub struct Constant {
     /// Nested tables, of which [`watch`] changes bits alone.
     pub nested: Tables,
+    /// Those of native calls, if there are to be any.
+    pub native: Option<Tables>,
     /// From where to where the permission maps lie.
     pub maps: (u64, u64),
 }
@@ -119,29 +137,43 @@ pub struct Constant {
 pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, SandboxError> {
     let Input { config, layout, map, tables, mem, .. } = input;
     let none = |what, bytes| SandboxError::OutOfMemory { what, bytes };
-    let nested = Tables::new(input.vendor.nested_format(), 4, input.largest, pool)?;
+    let vendor = input.guest.vendor;
+    let nested = Tables::new(vendor.nested_format(), 4, input.largest, pool)?;
     input.space.map_view(View::Sandbox, &nested, pool)?;
     let maps_from = pool.mark();
-    let mut msrs = MsrMap::new(input.vendor, pool).ok_or(none("the MSR map", PAGE_SIZE))?;
+    let mut msrs = MsrMap::new(vendor, pool).ok_or(none("the MSR map", PAGE_SIZE))?;
     msrs.close();
     config.sandbox.msrs.iter().for_each(|&index| msrs.allow_read(index));
     let ports: &mut PortMap = pool.object().ok_or(none("the port map", size_of::<PortMap>() as u64))?;
     ports.close();
     let maps = (maps_from, pool.mark());
     let vm = Vm {
-        vendor: input.vendor,
+        vendor,
         msrs: msrs.address(),
         ports: &raw const *ports as u64,
         nested_root: nested.root(),
         tag: 2,
     };
     let page = VcpuPage::new(pool).ok_or(none("a virtual CPU", PAGE_SIZE))?;
+    let native = if config.policies.any(Policy::Native) { Some(native_tables(pool, &input)?) } else { None };
+    let native_vcpu = match &native {
+        Some(tables) => {
+            let page = VcpuPage::new(pool).ok_or(none("a virtual CPU", PAGE_SIZE))?;
+            let vm = Vm { nested_root: tables.root(), tag: 3, ..input.guest };
+            // SAFETY: a fresh page.
+            let vcpu = smi::with_vcpu(page, vendor, || unsafe { Vcpu::new(page, Role::Sandbox, &vm) });
+            Some(Runner { vcpu, on: None })
+        }
+        None => None,
+    };
+    // SAFETY: a fresh page.
+    let vcpu = smi::with_vcpu(page, vendor, || unsafe { Vcpu::new(page, Role::Sandbox, &vm) });
     let (core, runtime) = communication(map, &mem);
     let mut parts = Parts {
         gate: Gate::new(config, layout.thunks, layout.tables),
         state: Sandbox::new(config, input.acpi),
-        // SAFETY: a fresh page.
-        vcpu: smi::with_vcpu(page, vm.vendor, || unsafe { Vcpu::new(page, Role::Sandbox, &vm) }),
+        vcpu: Runner { vcpu, on: None },
+        native: native_vcpu,
         entries: Service::ALL.map(|s| tables.entry(s, map)),
         area: layout.sandbox,
         staging: layout.staging,
@@ -175,13 +207,24 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
         }
     }
     let mut watch = WATCH.lock();
-    watch.begin(map, &nested, pool, &mem);
+    watch.begin(map, &nested, native.as_ref(), pool, &mem);
     if watch.unwatched != 0 {
         warn!("{} bytes of runtime code are not watched for changes", watch.unwatched);
     }
     drop(watch);
     services::open(parts, root);
-    Ok(Constant { nested, maps })
+    Ok(Constant { nested, native, maps })
+}
+
+/// Nested tables of native calls: all that the sandbox reaches and all that the guest does, and so nothing of the MLE's (I1).
+/// The APIC page is left out, where a Startup IPI would start a parked CPU past the MLE.
+fn native_tables(pool: &mut PagePool, input: &Input<'_>) -> Result<Tables, SandboxError> {
+    let tables = Tables::new(input.guest.vendor.nested_format(), 4, input.largest, pool)?;
+    // First, so that the watched pages are mapped by leaves like the sandbox's.
+    input.space.map_view(View::Sandbox, &tables, pool)?;
+    (input.map_guest)(&input.space, &tables, pool)?;
+    tables.unmap(pool, ApicPage::RANGE)?;
+    Ok(tables)
 }
 
 /// Runtime memory, not a window of a device.

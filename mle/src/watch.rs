@@ -32,9 +32,11 @@ const NO_EXECUTE: u64 = 1 << 63;
 /// Of an entry in nested tables, the bits that are not changed here.
 pub const CONSTANT: u64 = !(WRITABLE | NO_EXECUTE);
 
-/// What one entry of the nested tables maps of runtime code.
+/// What one entry of nested tables maps of runtime code.
 struct Leaf {
     entry: &'static AtomicU64,
+    /// The same of the tables with which firmware runs natively, if there are any.
+    native: Option<&'static AtomicU64>,
     range: PhysRange,
     sha256: [u8; 32],
     /// How often it was executed after it was written.
@@ -48,12 +50,28 @@ pub struct Watch {
     pub unwatched: u64,
 }
 
+impl Leaf {
+    fn set(&self, entry: u64) {
+        for to in [Some(self.entry), self.native].into_iter().flatten() {
+            to.store(entry, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Watch {
     /// One that watches nothing.
     pub const EMPTY: Self = Self { leaves: Vec::new(), unwatched: 0 };
 
-    /// Watches the runtime code of `map` in the sandbox's nested tables, before the sandbox first runs.
-    pub fn begin(&mut self, map: &MemoryMap, tables: &Tables, pool: &PagePool, mem: &Identity) {
+    /// Watches the runtime code of `map` in the sandbox's nested tables, and in those with which firmware runs natively,
+    /// before it first runs. Both map it alike.
+    pub fn begin(
+        &mut self,
+        map: &MemoryMap,
+        tables: &Tables,
+        native: Option<&Tables>,
+        pool: &PagePool,
+        mem: &Identity,
+    ) {
         for region in map.runtime().filter(|r| r.ty == MemoryType::RUNTIME_SERVICES_CODE) {
             let mut next = Some(region.range.start());
             while let Some(at) = next.filter(|at| *at <= region.range.last()) {
@@ -68,12 +86,13 @@ impl Watch {
                 };
                 let leaf = leaf.zip(hash(mem, &piece)).map(|(entry, sha256)| Leaf {
                     entry,
+                    native: native.and_then(|t| pool.leaf(t.root(), 4, at)).map(|(entry, _)| entry),
                     range: piece,
                     sha256,
                     turns: 0,
                 });
                 if let Some(leaf) = leaf {
-                    leaf.entry.fetch_and(!WRITABLE, Ordering::Relaxed);
+                    leaf.set(leaf.entry.load(Ordering::Relaxed) & !WRITABLE);
                     if self.leaves.push(leaf).is_err() {
                         self.unwatched = self.unwatched.saturating_add(piece.len());
                     }
@@ -99,7 +118,7 @@ impl Watch {
         let entry = leaf.entry.load(Ordering::Relaxed);
         match access {
             Access::Write if entry & WRITABLE == 0 => {
-                leaf.entry.store(entry | WRITABLE | NO_EXECUTE, Ordering::Relaxed);
+                leaf.set(entry | WRITABLE | NO_EXECUTE);
                 true
             }
             Access::Fetch if entry & NO_EXECUTE != 0 => {
@@ -119,7 +138,7 @@ impl Watch {
                     exposure::record(&Record { text, service: service as u8, ..record });
                 }
                 let closed = if mixed { NO_EXECUTE } else { WRITABLE | NO_EXECUTE };
-                leaf.entry.store(entry & !closed, Ordering::Relaxed);
+                leaf.set(entry & !closed);
                 true
             }
             _ => false,

@@ -30,6 +30,7 @@ use crate::config::Config;
 use crate::exposure::Decision;
 use crate::memmap::{DESCRIPTOR_VERSION, Descriptor, MAX_DESCRIPTOR_SIZE, MAX_GUEST_DESCRIPTORS};
 use crate::policy::{Policies, Policy};
+use crate::sandbox::Place;
 use crate::service::Service;
 
 /// A guest's memory by virtual address, translated by the page tables in force when it called.
@@ -266,6 +267,14 @@ impl Gate {
         }
     }
 
+    /// Where firmware runs for the call of `service` whose arguments are in `buffer`.
+    pub fn place(&self, service: Service, buffer: &CallBuffer) -> Place {
+        match self.policy(service, buffer.variable(service)) {
+            Policy::Native => Place::Native,
+            _ => Place::Sandbox,
+        }
+    }
+
     /// Opens services that are locked. A PCR shows it already.
     pub fn unlock(&mut self, services: Services) {
         self.unlocked.0 |= services.0;
@@ -306,7 +315,7 @@ impl Gate {
         let own = |status| Begin::Done(Answer { status, decision: Decision::OWN });
         match decoded {
             Ok(Decoded::Run(results)) => match self.policy(service, buffer.variable(service)) {
-                Policy::Sandbox => Begin::Run(Pending { service, results }),
+                Policy::Sandbox | Policy::Native => Begin::Run(Pending { service, results }),
                 Policy::Deferred => Begin::Defer(Pending { service, results }),
                 Policy::Locked => Begin::Done(Answer::refused(Decision::LOCKED)),
                 Policy::Deny => Begin::Done(Answer::refused(Decision::DENIED)),

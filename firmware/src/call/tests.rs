@@ -637,6 +637,22 @@ fn any_pointer() -> impl Strategy<Value = u64> {
     ]
 }
 
+#[test]
+fn where_firmware_runs_is_the_policys_by_variable() {
+    let rule = "service.SetVariable.*:a* = native\nservice.GetTime = native";
+    let mut b = Bench::with(&Config::parse(rule.as_bytes()).unwrap());
+    for (name, place) in [("ab", Place::Native), ("ba", Place::Sandbox)] {
+        ready(&b, name, 8);
+        for (service, place) in [(Service::SetVariable, place), (Service::GetVariable, Place::Sandbox)] {
+            let args =
+                if service == Service::SetVariable { [NAME, VENDOR_AT, 7, 1, DATA] } else { variable_args() };
+            assert!(matches!(b.begin(service, args), Begin::Run(_)));
+            assert_eq!(b.gate.place(service, &b.buffer), place, "{service:?} {name}");
+        }
+    }
+    assert_eq!(b.gate.place(Service::GetTime, &b.buffer), Place::Native);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
     #[test]

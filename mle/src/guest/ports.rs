@@ -8,12 +8,15 @@
 
 use core::sync::atomic::{AtomicU16, Ordering};
 
+use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::SMI_COMMAND;
 use hv::io::PortIo;
 use hv::vcpu::Exit;
 
+use super::pci;
 use crate::backend::{PortMap, Vcpu};
-use crate::metal::Ports;
+use crate::exposure;
+use crate::metal::{Ports, TscClock};
 
 /// System control port A: bit 1 is A20.
 const CONTROL_A: u16 = 0x92;
@@ -107,6 +110,37 @@ pub fn finish_input(vcpu: &mut Vcpu<'_>, exit: Exit, value: u32) {
         _ => value,
     };
     finish_port(vcpu, exit);
+}
+
+/// Does an access of the guest's kernel, or of firmware with its rights, to a port that is guarded. PCI configuration is
+/// judged here, `write` does other OUTs. `by`: the CPU, by its APIC ID.
+pub fn guarded_access(
+    vcpu: &mut Vcpu<'_>,
+    exit: Exit,
+    by: u32,
+    ports: &Ports,
+    clock: &TscClock,
+    write: impl FnOnce(u16, u8, u32),
+) {
+    let Exit::Port { port, size, input, .. } = exit else { return };
+    let value = vcpu.gprs().rax as u32;
+    match pci::access(ports, port, size, (!input).then_some(value)) {
+        pci::Answer::Value(value) => finish_input(vcpu, exit, value),
+        pci::Answer::Written => finish_port(vcpu, exit),
+        pci::Answer::Dropped(refusal) => {
+            if refusal.first {
+                let record = Record::new(Kind::REFUSED, by, exposure::now_us(clock));
+                let (text, decision) = (Some(Text::new(refusal)), Decision::DENIED);
+                exposure::record(&Record { text, decision, ..record });
+            }
+            finish_port(vcpu, exit);
+        }
+        pci::Answer::NotOurs if input => port_access(vcpu, exit, Some(*ports)),
+        pci::Answer::NotOurs => {
+            write(port, size, value);
+            finish_port(vcpu, exit);
+        }
+    }
 }
 
 /// Does a port access for a virtual machine, or pretends that no device is there.

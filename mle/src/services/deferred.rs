@@ -87,7 +87,7 @@ impl Services {
             let Parts { overlay, buffer, .. } = &mut self.parts;
             let Some((key, wanted)) = overlay.at(index) else { break };
             let pending = Pending::commit(key, wanted, buffer);
-            let call = self.new_call(Service::SetVariable, 0);
+            let call = self.new_call(Service::SetVariable, local.id());
             self.hand_over(&pending);
             let registers = pending.call(buffer_at(self.parts.area));
             let mut status = Status::DEVICE_ERROR.0 as u64;
@@ -97,7 +97,7 @@ impl Services {
                     end = self.run(&call, cpu, false, local, ports);
                 }
                 if end == End::Returned {
-                    status = self.parts.vcpu.gprs().rax;
+                    status = self.parts.vcpu.vcpu.gprs().rax;
                 }
             }
             if status != Status::SUCCESS.0 as u64 {

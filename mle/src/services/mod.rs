@@ -17,7 +17,7 @@ use firmware::call::{
 use firmware::capsule::{self, CapsuleError, StagedQuery, Staging};
 use firmware::deferred::Overlay;
 use firmware::exposure::{self as log_format, Decision, Denied, Kind, Name, Record, Text, Variable};
-use firmware::sandbox::{Counters, Reason, Sandbox};
+use firmware::sandbox::{Counters, Place, Reason, Sandbox};
 use firmware::service::{COUNT, Service};
 use firmware::tables::{HYPERCALL_LENGTH, service_at};
 use heapless::{String, Vec};
@@ -64,7 +64,9 @@ pub struct Parts {
     /// What is done about its exits.
     pub state: Sandbox,
     /// Its virtual CPU.
-    pub vcpu: Vcpu<'static>,
+    pub vcpu: Runner,
+    /// The virtual CPU of calls that run natively, if there are to be any.
+    pub native: Option<Runner>,
     /// Entry points in the firmware's runtime code.
     pub entries: [Option<u64>; COUNT],
     /// Its memory, [`SANDBOX_SIZE`] bytes.
@@ -101,6 +103,28 @@ pub struct Parts {
     pub status: String<STATUS_MAX>,
 }
 
+/// A virtual CPU for firmware.
+pub struct Runner {
+    /// It.
+    pub vcpu: Vcpu<'static>,
+    /// The CPU that it was on last, by its APIC ID: another may have older entries of its nested tables in the TLB.
+    pub on: Option<u32>,
+}
+
+impl Parts {
+    /// The virtual CPU that a call runs on. Where there is none for a native call it gets the lesser rights.
+    fn runner(&mut self, place: Place) -> &mut Runner {
+        self.native.as_mut().filter(|_| place == Place::Native).unwrap_or(&mut self.vcpu)
+    }
+
+    /// Nested tables have changed.
+    fn flush_nested(&mut self) {
+        for runner in [Some(&mut self.vcpu), self.native.as_mut()].into_iter().flatten() {
+            runner.vcpu.flush_nested();
+        }
+    }
+}
+
 /// The services, one call at a time.
 pub struct Services {
     parts: Parts,
@@ -118,6 +142,8 @@ struct Call {
     since_us: u64,
     /// What the sandbox had done before.
     before: Counters,
+    /// Where firmware runs.
+    place: Place,
     /// The variable that it is about, by the MLE's own copy of the arguments.
     variable: Option<Variable>,
 }
@@ -303,17 +329,17 @@ impl Services {
         match end {
             End::Preempted => Err(Phase::Running(job)),
             End::Returned => {
-                let rax = self.parts.vcpu.gprs().rax;
+                let rax = self.parts.runner(call.place).vcpu.gprs().rax;
                 if let Job::Lookup { lookup, write } = job {
                     return Ok(self.defer(call, Some((&lookup, rax)), &write));
                 }
-                exposure::record(&self.record_of(call, Decision::SANDBOX, rax));
+                exposure::record(&self.record_of(call, call.place.decision(), rax));
                 Ok(Phase::Returned(job, rax))
             }
             End::Dead(reason) => {
                 self.died(call, reason);
                 let status = Status::DEVICE_ERROR;
-                let record = self.record_of(call, Decision::SANDBOX, status.0 as u64);
+                let record = self.record_of(call, call.place.decision(), status.0 as u64);
                 exposure::record(&record);
                 Ok(Phase::Answered(status))
             }
@@ -462,7 +488,12 @@ impl Services {
             guid: firmware::call::Guid::from_bytes(*guid),
             name: Name::new(name),
         });
-        let call = Call { variable, ..self.new_call(service, apic_id) };
+        let place = match begun {
+            // Firmware is asked and does not write.
+            Begin::Defer(_) => Place::Sandbox,
+            _ => parts.gate.place(service, parts.buffer),
+        };
+        let call = Call { variable, place, ..self.new_call(service, apic_id) };
         let parts = &mut self.parts;
         let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
         let phase = match begun {
@@ -541,7 +572,14 @@ impl Services {
     /// A call that begins now.
     fn new_call(&self, service: Service, owner: u32) -> Call {
         let since_us = exposure::now_us(&self.parts.clock);
-        Call { service, owner, since_us, before: *self.parts.state.counters(), variable: None }
+        Call {
+            service,
+            owner,
+            since_us,
+            before: *self.parts.state.counters(),
+            variable: None,
+            place: Place::Sandbox,
+        }
     }
 
     /// Prepares the sandbox for a call, or ends it when there is none.

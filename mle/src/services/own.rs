@@ -30,7 +30,11 @@ impl OwnVariables for Own<'_> {
                 let c = self.sandbox.counters();
                 // The room is enough for all of it.
                 let _ = writeln!(text, "{}sandbox: {:?}", self.status, self.sandbox.state());
-                let _ = writeln!(text, "calls: {}, exits {}, SMIs {}", c.calls, c.exits, c.smis);
+                let _ = writeln!(
+                    text,
+                    "calls: {}, {} of them native, exits {}, SMIs {}",
+                    c.calls, c.native, c.exits, c.smis
+                );
                 let _ = writeln!(
                     text,
                     "denied ports: {}, denied MSRs: {}, restarts: {}, longest call {} us",

@@ -1,7 +1,7 @@
 //! The run of a call in the sandbox: entry, exits, end.
 
 use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pending};
-use firmware::exposure::{Kind, Record};
+use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::{NotReady, RTC_INDEX, Reason, State, Verdict};
 use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
@@ -12,9 +12,9 @@ use zerocopy::IntoBytes;
 use super::{Call, Services};
 use crate::apic::Xapic;
 use crate::cpu::Cpu;
-use crate::guest::cpuid;
 use crate::guest::exits::TWO_BYTES;
-use crate::guest::ports::{finish_port, port_access};
+use crate::guest::ports::{finish_port, guarded_access, port_access};
+use crate::guest::{cpuid, ends, ports};
 use crate::lent_timer::LentTimer;
 use crate::metal::{Identity, PhysWindow, Ports};
 use crate::{exposure, smi};
@@ -35,15 +35,19 @@ impl Services {
             self.died(call, Reason::NoEntry);
             return Err(NotReady::Dead(Reason::NoEntry));
         };
-        parts.state.start(parts.clock.now_us())?;
+        parts.state.start(parts.clock.now_us(), call.place)?;
         let frame = registers.frame(parts.return_to);
         // Aligned so that RSP is 8 modulo 16 at the entry point.
         let rsp = buffer_at(parts.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
         for (at, word) in (rsp..).step_by(8).zip(frame) {
             parts.mem.write(at, &word.to_le_bytes());
         }
-        parts.vcpu.start_long_mode(entry, rsp, self.root, (0, 0));
-        let g = parts.vcpu.gprs_mut();
+        let runner = parts.runner(call.place);
+        if runner.on.replace(call.owner) != Some(call.owner) {
+            runner.vcpu.flush_nested();
+        }
+        runner.vcpu.start_long_mode(entry, rsp, self.root, (0, 0));
+        let g = runner.vcpu.gprs_mut();
         (g.rcx, g.rdx) = (registers.rcx, registers.rdx);
         g.set_by_encoding(8, registers.r8);
         g.set_by_encoding(9, registers.r9);
@@ -108,7 +112,7 @@ impl Services {
     ) -> End {
         let parts = &mut self.parts;
         loop {
-            let exit = cpu.run_sandbox(&mut parts.vcpu, interruptible);
+            let exit = cpu.run_sandbox(&mut parts.runner(call.place).vcpu, interruptible);
             let at_return =
                 matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
             let answered = match exit {
@@ -124,10 +128,10 @@ impl Services {
                 _ if answered => Exit::Interrupt,
                 exit => exit,
             };
-            let al = parts.vcpu.gprs().rax as u8;
+            let al = parts.runner(call.place).vcpu.gprs().rax as u8;
             match parts.state.exit(&judged, at_return, al, parts.clock.now_us()) {
                 Verdict::Resume => match exit {
-                    _ if answered => parts.vcpu.flush_nested(),
+                    _ if answered => parts.flush_nested(),
                     Exit::Interrupt => {
                         if let Some(end) = interrupted(cpu) {
                             return end;
@@ -139,21 +143,36 @@ impl Services {
                     }
                 },
                 Verdict::Cpuid => {
-                    let v = &mut parts.vcpu;
+                    let v = &mut parts.runner(call.place).vcpu;
                     let (leaf, subleaf) = (v.gprs().rax as u32, v.gprs().rcx as u32);
                     let [a, b, c, d] = cpuid::cpuid(leaf, subleaf, &v.control(), crate::cpu::native_cpuid);
                     let g = v.gprs_mut();
                     (g.rax, g.rbx, g.rcx, g.rdx) = (a.into(), b.into(), c.into(), d.into());
                     v.advance(TWO_BYTES);
                 }
-                Verdict::PassPort => port_access(&mut parts.vcpu, exit, Some(ports)),
+                Verdict::PassPort => port_access(&mut parts.runner(call.place).vcpu, exit, Some(ports)),
+                Verdict::GuardedPort => {
+                    let clock = parts.clock;
+                    let vcpu = &mut parts.runner(call.place).vcpu;
+                    // Ends of the machine, and SMIs by wider writes, are not firmware's to ask for in this way.
+                    guarded_access(vcpu, exit, call.owner, &ports, &clock, |port, size, value| {
+                        if ends::is_end(port, size, value) {
+                            let text = Some(Text::new(format_args!("end of the machine by port {port:#x}")));
+                            let record = Record::new(Kind::REFUSED, call.owner, exposure::now_us(&clock));
+                            let (service, decision) = (call.service as u8, Decision::DENIED);
+                            exposure::record(&Record { text, service, decision, ..record });
+                        } else {
+                            ports::write(&ports, port, size, value, |_, _| ());
+                        }
+                    });
+                }
                 Verdict::SelectRtc { index } => {
                     ports.out8(RTC_INDEX, index);
-                    finish_port(&mut parts.vcpu, exit);
+                    finish_port(&mut parts.runner(call.place).vcpu, exit);
                 }
-                Verdict::DenyPort => port_access(&mut parts.vcpu, exit, None),
+                Verdict::DenyPort => port_access(&mut parts.runner(call.place).vcpu, exit, None),
                 Verdict::DenyMsr => {
-                    let v = &mut parts.vcpu;
+                    let v = &mut parts.runner(call.place).vcpu;
                     if matches!(exit, Exit::MsrRead { .. }) {
                         let all_ones = u64::from(u32::MAX);
                         (v.gprs_mut().rax, v.gprs_mut().rdx) = (all_ones, all_ones);
@@ -178,7 +197,7 @@ impl Services {
                         parts.state.kill(reason);
                         return End::Dead(reason);
                     }
-                    finish_port(&mut parts.vcpu, exit);
+                    finish_port(&mut parts.runner(call.place).vcpu, exit);
                 }
                 Verdict::Return => return End::Returned,
                 Verdict::Stop(reason) => return End::Dead(reason),

@@ -624,6 +624,67 @@ fn firmware_ends_the_machine_without_cordon() {
     }
 }
 
+/// Under `native` firmware is trusted with the guest, of which the exposure log and `Status` tell, and with nothing of the
+/// MLE's. What it does to the guest here is what the sandbox stops.
+#[test]
+fn native_firmware_reaches_the_guest_and_nothing_of_cordons() {
+    const CLOSED: [&str; 10] = [
+        "write the MLE",
+        "read the MLE",
+        "read nested tables",
+        "write nested tables",
+        "write the SLB",
+        "write the launch page",
+        "IOMMU registers",
+        "TPM locality 2",
+        "local APIC",
+        "CLGI",
+    ];
+    /// Registers of the host bridge that lead memory elsewhere: PAM.
+    const PAM: u32 = 1 << 31 | 0x90;
+    let text = format!("sandbox.on-death = restart\nservice.SetVariable.{VENDOR}:* = native");
+    let config = config(&text);
+    let mut machine = start(&hostile(Boot::Cordon, &[], Some(&config)));
+    let ground = Ground { places: Places::find(&mut machine), edu: Edu::find(&mut machine).registers };
+    let before = pcrs(&mut machine);
+    let done = |machine: &mut Machine, code: &[u8]| match run(machine, code).unwrap() {
+        Outcome::Ran(result) => result,
+        failed => panic!("{failed:x?}\n{}", status(machine)),
+    };
+
+    assert_eq!(done(&mut machine, &read64(SCRATCH)), SECRET);
+    done(&mut machine, &write64(SCRATCH + 8, OTHER));
+    assert!(other_at(&mut machine, SCRATCH + 8));
+    let identity = done(&mut machine, &ports(&[(0xcf8, Port::Out32(1 << 31)), (0xcfc, Port::In32)]));
+    assert_eq!(identity, u64::from(HOST_BRIDGE));
+    assert_eq!(done(&mut machine, &read32(PCI)), u64::from(HOST_BRIDGE));
+    done(&mut machine, &dma(ground.edu, SCRATCH, SCRATCH + 16));
+    assert_eq!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());
+    assert_eq!(pcrs(&mut machine), before);
+
+    // What the guest's kernel has not is not firmware's.
+    let pam = [(0xcf8, Port::Out32(PAM)), (0xcfc, Port::In32)];
+    let value = done(&mut machine, &ports(&pam));
+    let change = Port::Out32(value as u32 ^ 0x3030_3030);
+    let changed = done(&mut machine, &ports(&[(0xcf8, Port::Out32(PAM)), (0xcfc, change), pam[1]]));
+    assert_eq!(changed, value, "PAM");
+    seen("native firmware: configuration register of the host bridge", true);
+    for attack in attacks().iter().filter(|attack| CLOSED.contains(&attack.name)) {
+        costs_the_sandbox(&mut machine, &ground, attack);
+        in_place(&mut machine);
+        seen(&format!("native firmware: {}", attack.name), true);
+    }
+
+    let log = machine.check("cordon log && cordon verify").unwrap();
+    assert!(log.contains("firmware may reach the guest: policy native"), "{log}");
+    let decided = |line: &&str, word| line.contains("Attack") && line.contains(word);
+    assert!(log.lines().any(|line| decided(&line, "native") && line.contains("SetVariable")), "{log}");
+    assert!(log.lines().any(|line| decided(&line, "sandbox") && line.contains("GetVariable")), "{log}");
+    let status = status(&mut machine);
+    assert!(status.contains(" of them native") && !status.contains(" 0 of them native"), "{status}");
+    machine.power_off().unwrap();
+}
+
 /// A guest's kernel that has interrupts off gets its CPU back all the same.
 #[test]
 fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
