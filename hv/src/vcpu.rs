@@ -3,6 +3,7 @@
 //! The MLE's decisions are written against [`Vcpu`], so they run on the host against a fake.
 
 use core::fmt;
+use core::mem::offset_of;
 
 /// General registers that the world switch saves, in the order of their x86 encodings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +64,57 @@ impl Gprs {
         *reg = value;
     }
 }
+
+/// Assembly of a world switch: loads all general registers but RAX and RSP from the [`Gprs`] at RDI, RDI last.
+///
+/// Without operands, so that both back ends can use it: an offset is the register's encoding times 8.
+#[macro_export]
+macro_rules! load_gprs {
+    () => {
+        "mov rcx, [rdi + 0x08]
+         mov rdx, [rdi + 0x10]
+         mov rbx, [rdi + 0x18]
+         mov rbp, [rdi + 0x28]
+         mov rsi, [rdi + 0x30]
+         mov r8, [rdi + 0x40]
+         mov r9, [rdi + 0x48]
+         mov r10, [rdi + 0x50]
+         mov r11, [rdi + 0x58]
+         mov r12, [rdi + 0x60]
+         mov r13, [rdi + 0x68]
+         mov r14, [rdi + 0x70]
+         mov r15, [rdi + 0x78]
+         mov rdi, [rdi + 0x38]"
+    };
+}
+
+/// Assembly of a world switch: stores all general registers but RAX and RSP into the [`Gprs`] at RAX.
+#[macro_export]
+macro_rules! store_gprs {
+    () => {
+        "mov [rax + 0x08], rcx
+         mov [rax + 0x10], rdx
+         mov [rax + 0x18], rbx
+         mov [rax + 0x28], rbp
+         mov [rax + 0x30], rsi
+         mov [rax + 0x38], rdi
+         mov [rax + 0x40], r8
+         mov [rax + 0x48], r9
+         mov [rax + 0x50], r10
+         mov [rax + 0x58], r11
+         mov [rax + 0x60], r12
+         mov [rax + 0x68], r13
+         mov [rax + 0x70], r14
+         mov [rax + 0x78], r15"
+    };
+}
+
+// The offsets that the two have as numbers.
+const _: () = {
+    assert!(offset_of!(Gprs, rcx) == 0x08 && offset_of!(Gprs, rdx) == 0x10 && offset_of!(Gprs, rbx) == 0x18);
+    assert!(offset_of!(Gprs, rbp) == 0x28 && offset_of!(Gprs, rsi) == 0x30 && offset_of!(Gprs, rdi) == 0x38);
+    assert!(offset_of!(Gprs, r8_to_15) == 0x40);
+};
 
 /// Which virtual machine a virtual CPU belongs to; decides what it is stopped for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,6 @@
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 use core::arch::{asm, naked_asm};
-use core::mem::offset_of;
 
 use hv::vcpu::Gprs;
 
@@ -36,8 +35,6 @@ pub unsafe fn vmsave(page: u64) {
     unsafe { asm!("vmsave rax", in("rax") page, options(nostack)) }
 }
 
-const R8: usize = offset_of!(Gprs, r8_to_15);
-
 /// Runs the guest of `vmcb` until it exits.
 ///
 /// | register | entry |
@@ -66,40 +63,13 @@ pub unsafe extern "sysv64" fn vmrun(gprs: *mut Gprs, vmcb: u64, host: u64) {
         "push rdx",
         "push rdi",
         "mov rax, rsi",
-        "mov rcx, [rdi + {rcx}]",
-        "mov rdx, [rdi + {rdx}]",
-        "mov rbx, [rdi + {rbx}]",
-        "mov rbp, [rdi + {rbp}]",
-        "mov rsi, [rdi + {rsi}]",
-        "mov r8, [rdi + {r8}]",
-        "mov r9, [rdi + {r8} + 8]",
-        "mov r10, [rdi + {r8} + 16]",
-        "mov r11, [rdi + {r8} + 24]",
-        "mov r12, [rdi + {r8} + 32]",
-        "mov r13, [rdi + {r8} + 40]",
-        "mov r14, [rdi + {r8} + 48]",
-        "mov r15, [rdi + {r8} + 56]",
-        "mov rdi, [rdi + {rdi}]",
+        hv::load_gprs!(),
         "vmload rax",
         "vmrun rax",
         "vmsave rax",
         // RAX and RSP are the host's again; everything else is the guest's.
         "mov rax, [rsp]",
-        "mov [rax + {rdi}], rdi",
-        "mov rdi, rax",
-        "mov [rdi + {rcx}], rcx",
-        "mov [rdi + {rdx}], rdx",
-        "mov [rdi + {rbx}], rbx",
-        "mov [rdi + {rbp}], rbp",
-        "mov [rdi + {rsi}], rsi",
-        "mov [rdi + {r8}], r8",
-        "mov [rdi + {r8} + 8], r9",
-        "mov [rdi + {r8} + 16], r10",
-        "mov [rdi + {r8} + 24], r11",
-        "mov [rdi + {r8} + 32], r12",
-        "mov [rdi + {r8} + 40], r13",
-        "mov [rdi + {r8} + 48], r14",
-        "mov [rdi + {r8} + 56], r15",
+        hv::store_gprs!(),
         "pop rdi",
         "pop rax",
         "vmload rax",
@@ -110,12 +80,5 @@ pub unsafe extern "sysv64" fn vmrun(gprs: *mut Gprs, vmcb: u64, host: u64) {
         "pop rbp",
         "pop rbx",
         "ret",
-        rcx = const offset_of!(Gprs, rcx),
-        rdx = const offset_of!(Gprs, rdx),
-        rbx = const offset_of!(Gprs, rbx),
-        rbp = const offset_of!(Gprs, rbp),
-        rsi = const offset_of!(Gprs, rsi),
-        rdi = const offset_of!(Gprs, rdi),
-        r8 = const R8,
     )
 }

@@ -119,8 +119,6 @@ impl Vmcs for Current {
     }
 }
 
-const R8: usize = offset_of!(Gprs, r8_to_15);
-
 /// Runs the guest of the current VMCS until it exits. 0, or 1 (CF) or 2 (ZF) if the entry failed before it began.
 ///
 /// | register | entry |
@@ -151,20 +149,7 @@ pub unsafe extern "sysv64" fn enter(gprs: *mut Gprs, launched: u64) -> u64 {
         "jbe 4f",
         "test rsi, rsi",
         "mov rax, [rdi + {rax}]",
-        "mov rcx, [rdi + {rcx}]",
-        "mov rdx, [rdi + {rdx}]",
-        "mov rbx, [rdi + {rbx}]",
-        "mov rbp, [rdi + {rbp}]",
-        "mov rsi, [rdi + {rsi}]",
-        "mov r8, [rdi + {r8}]",
-        "mov r9, [rdi + {r8} + 8]",
-        "mov r10, [rdi + {r8} + 16]",
-        "mov r11, [rdi + {r8} + 24]",
-        "mov r12, [rdi + {r8} + 32]",
-        "mov r13, [rdi + {r8} + 40]",
-        "mov r14, [rdi + {r8} + 48]",
-        "mov r15, [rdi + {r8} + 56]",
-        "mov rdi, [rdi + {rdi}]",
+        hv::load_gprs!(),
         "jnz 2f",
         "vmlaunch",
         "jmp 4f",
@@ -180,20 +165,7 @@ pub unsafe extern "sysv64" fn enter(gprs: *mut Gprs, launched: u64) -> u64 {
         // An exit: RSP is the host's again, everything else is the guest's.
         "3: push rax",
         "mov rax, [rsp + 8]",
-        "mov [rax + {rcx}], rcx",
-        "mov [rax + {rdx}], rdx",
-        "mov [rax + {rbx}], rbx",
-        "mov [rax + {rbp}], rbp",
-        "mov [rax + {rsi}], rsi",
-        "mov [rax + {rdi}], rdi",
-        "mov [rax + {r8}], r8",
-        "mov [rax + {r8} + 8], r9",
-        "mov [rax + {r8} + 16], r10",
-        "mov [rax + {r8} + 24], r11",
-        "mov [rax + {r8} + 32], r12",
-        "mov [rax + {r8} + 40], r13",
-        "mov [rax + {r8} + 48], r14",
-        "mov [rax + {r8} + 56], r15",
+        hv::store_gprs!(),
         "pop [rax + {rax}]",
         "pop rdi",
         "xor eax, eax",
@@ -207,12 +179,5 @@ pub unsafe extern "sysv64" fn enter(gprs: *mut Gprs, launched: u64) -> u64 {
         host_rsp = const HOST_RSP.encoding(),
         host_rip = const HOST_RIP.encoding(),
         rax = const offset_of!(Gprs, rax),
-        rcx = const offset_of!(Gprs, rcx),
-        rdx = const offset_of!(Gprs, rdx),
-        rbx = const offset_of!(Gprs, rbx),
-        rbp = const offset_of!(Gprs, rbp),
-        rsi = const offset_of!(Gprs, rsi),
-        rdi = const offset_of!(Gprs, rdi),
-        r8 = const R8,
     )
 }
