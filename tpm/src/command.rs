@@ -1,10 +1,12 @@
 //! The commands that Cordon sends, and their responses.
 //!
-//! Spec: \[TPM2\] "TPM2_GetCapability", "TPM2_PCR_Event", "TPM2_PCR_Extend", "TPM2_PCR_Read"; all fields big-endian.
+//! Spec: \[TPM2\] "TPM2_GetCapability", "TPM2_PCR_Event", "TPM2_PCR_Extend", "TPM2_PCR_Read", "TPM2_CreatePrimary",
+//! "TPM2_CertifyCreation", "TPM2_FlushContext"; all fields big-endian.
 
 use heapless::Vec;
 
 use crate::bank::{Bank, Banks, Digest, HashAlg};
+use crate::creation::{Ticket, locality_bit};
 use crate::error::{Error, Field};
 use crate::reader::Reader;
 
@@ -14,14 +16,27 @@ pub(crate) type Command = Vec<u8, COMMAND_MAX>;
 /// Longest response: an event's digests for [`crate::MAX_BANKS`] banks of 64 bytes take 551.
 pub(crate) const RESPONSE_MAX: usize = 576;
 
+pub(crate) const CC_CREATE_PRIMARY: u32 = 0x131;
 pub(crate) const CC_PCR_EVENT: u32 = 0x13c;
+pub(crate) const CC_CERTIFY_CREATION: u32 = 0x14a;
+pub(crate) const CC_FLUSH_CONTEXT: u32 = 0x165;
 pub(crate) const CC_GET_CAPABILITY: u32 = 0x17a;
 pub(crate) const CC_PCR_READ: u32 = 0x17e;
 pub(crate) const CC_PCR_EXTEND: u32 = 0x182;
 
 const ST_NO_SESSIONS: u16 = 0x8001;
 const ST_SESSIONS: u16 = 0x8002;
+/// TPM_RC_TICKET of the fourth parameter.
+pub(crate) const RC_TICKET: u32 = 0x4e0;
+const ST_CREATION: u16 = 0x8021;
+const RH_NULL: u32 = 0x4000_0007;
+const ALG_NULL: u16 = 0x10;
 const CAP_PCRS: u32 = 5;
+/// No password for the object and no data in it.
+const NO_SENSITIVE: [u8; 6] = [0, 4, 0, 0, 0, 0];
+/// An object that nobody uses, of a kind that every TPM makes at once: an HMAC key. fixedTPM, fixedParent, sensitiveDataOrigin,
+/// userWithAuth, noDA, sign; no policy; HMAC with SHA-256.
+const OBJECT: [u8; 18] = [0, 16, 0, 0x08, 0, 0x0b, 0, 0x04, 0x04, 0x72, 0, 0, 0, 0x05, 0, 0x0b, 0, 0];
 /// Authorization area: its size 9, TPM_RS_PW, empty nonce, no attributes, empty password.
 const EMPTY_PASSWORD: [u8; 13] = [0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0];
 /// Bytes of a PCR selection's bitmap: 24 PCRs.
@@ -82,6 +97,82 @@ pub(crate) fn pcr_read(alg: HashAlg, pcr: u32) -> Result<Command, Error> {
     command(ST_NO_SESSIONS, CC_PCR_READ, &[&1_u32.to_be_bytes(), &selection])
 }
 
+/// A list of one selection: `pcrs` of one bank.
+pub(crate) fn selection_of(alg: HashAlg, pcrs: &[u32]) -> Result<[u8; 10], Error> {
+    let mut list = [0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for pcr in pcrs {
+        let one = selection(alg, *pcr).ok_or(Error::Response { field: Field::Pcr, value: *pcr })?;
+        for (byte, more) in list.iter_mut().skip(4).zip(one) {
+            *byte |= more;
+        }
+    }
+    Ok(list)
+}
+
+/// Creates the primary object of the NULL hierarchy and notes `data` and the PCRs of `selection`.
+pub(crate) fn create_primary(selection: &[u8], data: &[u8; 32]) -> Result<Command, Error> {
+    command(
+        ST_SESSIONS,
+        CC_CREATE_PRIMARY,
+        &[&RH_NULL.to_be_bytes(), &EMPTY_PASSWORD, &NO_SENSITIVE, &OBJECT, &[0, 32], data, selection],
+    )
+}
+
+/// What the TPM notes of a [`create_primary`] (TPMS_CREATION_DATA): the hash of this is what a ticket is for.
+pub(crate) fn creation_data(
+    selection: &[u8],
+    pcr_digest: &[u8],
+    locality: u8,
+    data: &[u8; 32],
+) -> Result<Command, Error> {
+    let [hierarchy, none] = [&RH_NULL.to_be_bytes()[..], &ALG_NULL.to_be_bytes()];
+    let parts: [&[u8]; 11] = [
+        selection,
+        &(pcr_digest.len() as u16).to_be_bytes(),
+        pcr_digest,
+        &[locality_bit(locality)],
+        none,
+        &[0, 4],
+        hierarchy,
+        &[0, 4],
+        hierarchy,
+        &[0, 32],
+        data,
+    ];
+    let mut bytes = Command::new();
+    for part in parts {
+        bytes.extend_from_slice(part).map_err(|_| Error::TooManyBanks)?;
+    }
+    Ok(bytes)
+}
+
+/// Asks whether `ticket` says that `object` was created with a note of which `note` is the hash. No key signs the answer.
+pub(crate) fn certify_creation(object: u32, note: &[u8], ticket: &[u8]) -> Result<Command, Error> {
+    let size = |bytes: &[u8]| (bytes.len() as u16).to_be_bytes();
+    command(
+        ST_SESSIONS,
+        CC_CERTIFY_CREATION,
+        &[
+            &RH_NULL.to_be_bytes(),
+            &object.to_be_bytes(),
+            &EMPTY_PASSWORD,
+            &[0, 0],
+            &size(note),
+            note,
+            &ALG_NULL.to_be_bytes(),
+            &ST_CREATION.to_be_bytes(),
+            &RH_NULL.to_be_bytes(),
+            &size(ticket),
+            ticket,
+        ],
+    )
+}
+
+/// Takes an object out of the TPM.
+pub(crate) fn flush_context(object: u32) -> Result<Command, Error> {
+    command(ST_NO_SESSIONS, CC_FLUSH_CONTEXT, &[&object.to_be_bytes()])
+}
+
 /// The response code, after a check of the header.
 pub(crate) fn response_code(response: &[u8]) -> Result<u32, Error> {
     let mut reader = Reader(response);
@@ -113,6 +204,12 @@ impl<'a> Fields<'a> {
     fn expect(&mut self, field: Field, wanted: u32) -> Result<(), Error> {
         let value = self.get(field, Reader::be32)?;
         if value == wanted { Ok(()) } else { Err(Error::Response { field, value }) }
+    }
+
+    /// A TPM2B.
+    fn sized(&mut self, field: Field) -> Result<&'a [u8], Error> {
+        let size = self.get(field, Reader::be16)?;
+        self.get(field, |r| r.bytes(size.into()))
     }
 
     fn end(self) -> Result<(), Error> {
@@ -181,4 +278,23 @@ pub(crate) fn parse_pcr_read(response: &[u8], alg: HashAlg, pcr: u32) -> Result<
         .filter(|digest| alg.computed_size().is_none_or(|size| size == digest.bank().size))
         .ok_or(Error::Response { field: Field::DigestSize, value: size.into() })?;
     Ok(Some(digest))
+}
+
+/// Handle and ticket of a [`create_primary`] response.
+pub(crate) fn parse_create_primary(response: &[u8]) -> Result<(u32, Ticket), Error> {
+    let mut fields = Fields::of(response);
+    let object = fields.get(Field::Handle, Reader::be32)?;
+    let _parameter_size = fields.get(Field::Created, Reader::be32)?;
+    for _public_data_hash in 0..3 {
+        fields.sized(Field::Created)?;
+    }
+    let tag = fields.get(Field::Ticket, Reader::be16)?;
+    if tag != ST_CREATION {
+        return Err(Error::Response { field: Field::Ticket, value: tag.into() });
+    }
+    fields.expect(Field::Ticket, RH_NULL)?;
+    let digest = fields.sized(Field::Ticket)?;
+    let ticket =
+        Ticket::new(digest).ok_or(Error::Response { field: Field::Ticket, value: digest.len() as u32 })?;
+    Ok((object, ticket))
 }

@@ -65,6 +65,12 @@ pub enum Field {
     DigestSize,
     /// A digest.
     Digest,
+    /// The handle of a created object.
+    Handle,
+    /// What describes a created object.
+    Created,
+    /// A creation ticket.
+    Ticket,
 }
 
 /// Why a TPM operation failed.

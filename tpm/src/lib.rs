@@ -14,6 +14,7 @@
 mod bank;
 mod command;
 mod crb;
+mod creation;
 mod error;
 mod fifo;
 mod hash;
@@ -27,6 +28,7 @@ mod tpm;
 mod transport;
 
 pub use bank::{Bank, Banks, Digest, Digests, HashAlg, MAX_BANKS, MAX_DIGEST};
+pub use creation::Ticket;
 pub use error::{Error, Field, Flow, Wait};
 pub use hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks, digest_of};
 pub use log::{Event, Log, LogError, LogWriter};

@@ -167,7 +167,7 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
         Ok(banks)
     }
 
-    fn run<T>(
+    pub(crate) fn run<T>(
         &mut self,
         code: u32,
         command: &Command,

@@ -48,6 +48,68 @@ fn commands_are_those_of_the_specification() {
     }
 }
 
+/// A CreatePrimary response: handle, sizes of what describes the object, ticket.
+fn created(tag: u16, hierarchy: u32, ticket: &[u8]) -> Vec<u8> {
+    let mut bytes =
+        vec![0x80, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0x80, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0xaa, 0, 0, 0, 2, 0xbb, 0xcc];
+    bytes.extend(tag.to_be_bytes());
+    bytes.extend(hierarchy.to_be_bytes());
+    bytes.extend((ticket.len() as u16).to_be_bytes());
+    bytes.extend(ticket);
+    bytes[5] = bytes.len() as u8;
+    bytes
+}
+
+#[test]
+fn tickets_are_those_of_the_specification() {
+    let fifo = Fifo::new(launched());
+    let mut tpm = open(&fifo).0.unwrap();
+    let mut asked = |answer: Vec<u8>| {
+        let commands = fifo.state().tpm.seen.len();
+        // The model knows no objects: what it is asked after this answer it refuses.
+        fifo.state().tpm.answer.push_back(answer);
+        let result = tpm.vouch(&[18, 8, 17], &[0x5a; 32]);
+        (result, fifo.state().tpm.seen[commands..].to_vec())
+    };
+    let (result, seen) = asked(created(0x8021, 0x4000_0007, &[9; 48]));
+    assert_eq!(result, Err(Error::Refused { command: 0x165, rc: 0x143 }), "the object is flushed");
+    let [(2, create), (2, flush)] = &seen[..] else { panic!("{seen:?}") };
+    assert_eq!(hex::encode(flush), "80010000000e0000016580000001");
+    for command in [create, flush] {
+        TpmCommand::cast(command).unwrap().validate().unwrap();
+    }
+    let outside = hex::encode([0x5a; 32]);
+    assert_eq!(
+        hex::encode(create),
+        "8002".to_owned()
+            + "0000005f"
+            + "00000131"
+            + "40000007"
+            + "00000009"
+            + "400000090000000000"
+            + "000400000000"
+            + "0010"
+            + "0008"
+            + "000b"
+            + "00040472"
+            + "0000"
+            + "0005"
+            + "000b"
+            + "0000"
+            + "0020"
+            + &outside
+            + "00000001"
+            + "000b"
+            + "03"
+            + "000106"
+    );
+    let bad = |value| Err(Error::Response { field: Field::Ticket, value });
+    assert_eq!(asked(created(0x8022, 0x4000_0007, &[9; 48])).0, bad(0x8022));
+    assert_eq!(asked(created(0x8021, 0x4000_0001, &[9; 48])).0, bad(0x4000_0001));
+    assert_eq!(asked(created(0x8021, 0x4000_0007, &[9; 65])).0, bad(65));
+    assert_eq!(tpm.vouch(&[24], &[0; 32]), Err(Error::Response { field: Field::Pcr, value: 24 }));
+}
+
 #[test]
 fn a_busy_tpm_is_asked_again() {
     let fifo = Fifo::new(launched());
@@ -167,6 +229,8 @@ proptest! {
         let fifo = Fifo::new(launched());
         let mut tpm = open(&fifo).0.unwrap();
         for answer in answers {
+            fifo.state().tpm.answer.push_back(answer.clone());
+            let _ = tpm.vouch(&[17], &[0; 32]);
             fifo.state().tpm.answer.push_back(answer);
             let _ = tpm.read_pcr_banks(17);
             let _ = tpm.extend(17, &tpm.digests_of(b"x"));

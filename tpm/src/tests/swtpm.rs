@@ -5,11 +5,12 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use super::{ALL, a_launch_on};
-use crate::model::{FakeTpm, Fifo};
-use crate::{Contention, Digest, Error, HashAlg, Locality};
+use super::{ALL, a_launch_on, open};
+use crate::model::{FakeTpm, Fifo, Ticks};
+use crate::{Contention, Digest, Error, HashAlg, Locality, Ticket, Tpm};
 
 /// A running swtpm, ended and removed on drop.
 struct Swtpm {
@@ -28,7 +29,9 @@ impl Drop for Swtpm {
 impl Swtpm {
     /// A started TPM; none without swtpm.
     fn start() -> Option<Self> {
-        let folder = std::env::temp_dir().join(format!("cordon-swtpm-{}", std::process::id()));
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let name = format!("cordon-swtpm-{}-{}", std::process::id(), STARTED.fetch_add(1, Ordering::Relaxed));
+        let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
         let path = |name: &str| folder.join(name).display().to_string();
         let child = Command::new("swtpm")
@@ -67,25 +70,23 @@ fn control(ctrl: &mut UnixStream, command: u32, data: &[u8]) {
     assert_eq!(result, [0; 4], "control command {command}");
 }
 
-#[test]
-fn a_launch_on_swtpm() {
+/// A swtpm on which the DRTM event of `the block` has just happened, behind the FIFO model; none without swtpm.
+fn launched_swtpm() -> Option<(Swtpm, Fifo)> {
     const SET_LOCALITY: u32 = 5;
-    const HASH_START: u32 = 6;
-    const HASH_DATA: u32 = 7;
-    const HASH_END: u32 = 8;
     let Some(swtpm) = Swtpm::start() else {
         eprintln!("swtpm is not installed: not run");
-        return;
+        return None;
     };
-    let (mut ctrl, mut data) = (swtpm.connect("ctrl"), swtpm.connect("data"));
-    // What SKINIT makes the CPU do.
-    let block = b"the block";
-    control(&mut ctrl, HASH_START, &[]);
-    control(&mut ctrl, HASH_DATA, &[&(block.len() as u32).to_be_bytes()[..], block].concat());
-    control(&mut ctrl, HASH_END, &[]);
-
+    let mut ctrl = swtpm.connect("ctrl");
+    let mut data = swtpm.connect("data");
+    drtm(&mut ctrl, b"the block");
     let mut remote = FakeTpm::with(&[]);
     remote.remote = Some(Box::new(move |locality, command| {
+        // The DRTM event of another block, in a command of no TPM.
+        if let Some(block) = command.strip_prefix(DRTM_EVENT) {
+            drtm(&mut ctrl, block);
+            return Vec::new();
+        }
         control(&mut ctrl, SET_LOCALITY, &[locality]);
         data.write_all(command).unwrap();
         let mut response = vec![0; 10];
@@ -95,7 +96,28 @@ fn a_launch_on_swtpm() {
         data.read_exact(&mut response[10..]).unwrap();
         response
     }));
-    let fifo = Fifo::new(remote);
+    Some((swtpm, Fifo::new(remote)))
+}
+
+const DRTM_EVENT: &[u8] = b"DRTM event: ";
+
+/// What SKINIT makes the CPU do.
+fn drtm(ctrl: &mut UnixStream, block: &[u8]) {
+    const HASH_START: u32 = 6;
+    const HASH_DATA: u32 = 7;
+    const HASH_END: u32 = 8;
+    control(ctrl, HASH_START, &[]);
+    control(ctrl, HASH_DATA, &[&(block.len() as u32).to_be_bytes()[..], block].concat());
+    control(ctrl, HASH_END, &[]);
+}
+
+fn drtm_again(fifo: &Fifo, block: &[u8]) {
+    fifo.state().tpm.execute(4, &[DRTM_EVENT, block].concat());
+}
+
+#[test]
+fn a_launch_on_swtpm() {
+    let Some((_swtpm, fifo)) = launched_swtpm() else { return };
     let mut tpm = a_launch_on(fifo);
     assert_eq!(tpm.banks().iter().map(|bank| bank.alg).collect::<Vec<_>>(), ALL);
 
@@ -107,4 +129,70 @@ fn a_launch_on_swtpm() {
     let cap = *crate::Digests::cap(tpm.banks()).get(HashAlg::SHA256).unwrap();
     let capped = crate::log::extended(&Digest::zero(cap.bank()), &cap);
     assert_eq!(tpm.read_pcr(HashAlg::SHA256, 22).unwrap(), capped);
+}
+
+/// F of `relaunch`: a PCR that no DRTM event resets.
+const COUNT: u32 = 8;
+const PCRS: [u32; 3] = [17, 18, COUNT];
+
+/// The launch of a block, as far as the TPM sees it.
+fn launch(tpm: &mut Tpm<Fifo, Ticks>, image: &[u8]) {
+    tpm.acquire(Locality::Two, Contention::LAUNCH).unwrap();
+    tpm.extend(17, &tpm.digests_of(image)).unwrap();
+}
+
+#[test]
+fn a_ticket_is_good_for_what_was_said_by_the_same_launch_and_for_nothing_else() {
+    let Some((_swtpm, fifo)) = launched_swtpm() else { return };
+    let mut tpm = open(&fifo).0.unwrap();
+    launch(&mut tpm, b"image");
+    let (said, other) = ([7; 32], [8; 32]);
+    let ticket = tpm.vouch(&PCRS, &said).unwrap();
+    assert!(tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    assert!(!tpm.vouched(&PCRS, &other, &ticket).unwrap(), "something else was said");
+    for bit in [0, 77, 255] {
+        let mut bad = ticket;
+        bad.digest[bit / 8] ^= 1 << (bit % 8);
+        assert!(!tpm.vouched(&PCRS, &said, &bad).unwrap(), "bit {bit} of the ticket");
+    }
+    for size in [0, 1, 31] {
+        let bad = Ticket { size, ..ticket };
+        assert!(!tpm.vouched(&PCRS, &said, &bad).unwrap(), "{size} bytes of the ticket");
+    }
+
+    // The gap: the PCRs are capped, and whatever it has the TPM vouch for is not what a launch said.
+    tpm.cap(&[17, 18]).unwrap();
+    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    let forged = tpm.vouch(&PCRS, &other).unwrap();
+    // Another launch of the same code knows the one and not the other.
+    drtm_again(&fifo, b"the block");
+    launch(&mut tpm, b"image");
+    assert!(tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    assert!(!tpm.vouched(&PCRS, &other, &forged).unwrap());
+    // The guest may have the TPM vouch while the PCRs have their values: at its own locality.
+    tpm.acquire(Locality::Zero, Contention::LAUNCH).unwrap();
+    let forged = tpm.vouch(&PCRS, &other).unwrap();
+    tpm.acquire(Locality::Two, Contention::LAUNCH).unwrap();
+    assert!(!tpm.vouched(&PCRS, &other, &forged).unwrap());
+    // Without looking at locality and PCRs each of these would have passed: they are good tickets.
+    tpm.acquire(Locality::Zero, Contention::LAUNCH).unwrap();
+    assert!(tpm.vouched(&PCRS, &other, &forged).unwrap());
+    tpm.acquire(Locality::Two, Contention::LAUNCH).unwrap();
+
+    // Once more is another time: the counting PCR is not reset by a DRTM event, so what was good for the last round is no more.
+    tpm.extend(COUNT, &tpm.digests_of(b"round 2")).unwrap();
+    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    let next = tpm.vouch(&PCRS, &other).unwrap();
+    drtm_again(&fifo, b"the block");
+    launch(&mut tpm, b"image");
+    assert!(tpm.vouched(&PCRS, &other, &next).unwrap());
+    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    // Other code.
+    drtm_again(&fifo, b"the block");
+    launch(&mut tpm, b"another image");
+    assert!(!tpm.vouched(&PCRS, &other, &next).unwrap());
+    // No object is left behind: there is room for three.
+    for _ in 0..8 {
+        tpm.vouch(&PCRS, &said).unwrap();
+    }
 }
