@@ -1,7 +1,7 @@
 //! The commands that Cordon sends, and their responses.
 //!
 //! Spec: \[TPM2\] "TPM2_GetCapability", "TPM2_PCR_Event", "TPM2_PCR_Extend", "TPM2_PCR_Read", "TPM2_CreatePrimary",
-//! "TPM2_CertifyCreation", "TPM2_FlushContext"; all fields big-endian.
+//! "TPM2_CertifyCreation", "TPM2_FlushContext", "TPM2_ReadClock"; all fields big-endian.
 
 use heapless::Vec;
 
@@ -22,6 +22,7 @@ pub(crate) const CC_CERTIFY_CREATION: u32 = 0x14a;
 pub(crate) const CC_FLUSH_CONTEXT: u32 = 0x165;
 pub(crate) const CC_GET_CAPABILITY: u32 = 0x17a;
 pub(crate) const CC_PCR_READ: u32 = 0x17e;
+pub(crate) const CC_READ_CLOCK: u32 = 0x181;
 pub(crate) const CC_PCR_EXTEND: u32 = 0x182;
 
 const ST_NO_SESSIONS: u16 = 0x8001;
@@ -109,12 +110,14 @@ pub(crate) fn selection_of(alg: HashAlg, pcrs: &[u32]) -> Result<[u8; 10], Error
     Ok(list)
 }
 
-/// Creates the primary object of the NULL hierarchy and notes `data` and the PCRs of `selection`.
-pub(crate) fn create_primary(selection: &[u8], data: &[u8; 32]) -> Result<Command, Error> {
+/// Creates the primary object of the NULL hierarchy and notes `said` and the PCRs of `selection`.
+pub(crate) fn create_primary(selection: &[u8], said: &Digest) -> Result<Command, Error> {
+    let said = said.as_bytes();
+    let (hierarchy, size) = (RH_NULL.to_be_bytes(), (said.len() as u16).to_be_bytes());
     command(
         ST_SESSIONS,
         CC_CREATE_PRIMARY,
-        &[&RH_NULL.to_be_bytes(), &EMPTY_PASSWORD, &NO_SENSITIVE, &OBJECT, &[0, 32], data, selection],
+        &[&hierarchy, &EMPTY_PASSWORD, &NO_SENSITIVE, &OBJECT, &size, said, selection],
     )
 }
 
@@ -123,8 +126,9 @@ pub(crate) fn creation_data(
     selection: &[u8],
     pcr_digest: &[u8],
     locality: u8,
-    data: &[u8; 32],
+    said: &Digest,
 ) -> Result<Command, Error> {
+    let said = said.as_bytes();
     let [hierarchy, none] = [&RH_NULL.to_be_bytes()[..], &ALG_NULL.to_be_bytes()];
     let parts: [&[u8]; 11] = [
         selection,
@@ -136,8 +140,8 @@ pub(crate) fn creation_data(
         hierarchy,
         &[0, 4],
         hierarchy,
-        &[0, 32],
-        data,
+        &(said.len() as u16).to_be_bytes(),
+        said,
     ];
     let mut bytes = Command::new();
     for part in parts {
@@ -171,6 +175,11 @@ pub(crate) fn certify_creation(object: u32, note: &[u8], ticket: &[u8]) -> Resul
 /// Takes an object out of the TPM.
 pub(crate) fn flush_context(object: u32) -> Result<Command, Error> {
     command(ST_NO_SESSIONS, CC_FLUSH_CONTEXT, &[&object.to_be_bytes()])
+}
+
+/// Reads the clock and what is counted with it.
+pub(crate) fn read_clock() -> Result<Command, Error> {
+    command(ST_NO_SESSIONS, CC_READ_CLOCK, &[])
 }
 
 /// The response code, after a check of the header.
@@ -297,4 +306,15 @@ pub(crate) fn parse_create_primary(response: &[u8]) -> Result<(u32, Ticket), Err
     let ticket =
         Ticket::new(digest).ok_or(Error::Response { field: Field::Ticket, value: digest.len() as u32 })?;
     Ok((object, ticket))
+}
+
+/// restartCount of a [`read_clock`] response.
+pub(crate) fn parse_restart_count(response: &[u8]) -> Result<u32, Error> {
+    let mut fields = Fields::of(response);
+    // Time and clock, 8 bytes each, and resetCount: no ticket outlives a reset.
+    fields.get(Field::Clock, |r| r.bytes(20))?;
+    let restarts = fields.get(Field::Clock, Reader::be32)?;
+    let _safe = fields.get(Field::Clock, Reader::u8)?;
+    fields.end()?;
+    Ok(restarts)
 }

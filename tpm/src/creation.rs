@@ -5,13 +5,18 @@
 //! code that was launched when the PCRs had them. The object itself is of no use here: a primary of the NULL hierarchy, the same
 //! whenever it is created, until a reset of the TPM gives that hierarchy another seed. With it all tickets of before lapse.
 //!
+//! A *restart* of the TPM (TPM2_Shutdown of the state, then a reset of the machine) leaves that seed, but sets the PCRs back to
+//! where whoever likes extends them as was done before. So the 32 bytes are over restartCount too, which a restart counts as well as a
+//! DRTM event: a ticket is good after exactly one of them, the launch that asks.
+//!
 //! Nothing of what the ticket's keeper says is parsed: the verifier makes the note from what it sees itself, and the TPM compares.
 //!
-//! Spec: \[TPM2\] part 1 "Ticket Definition", part 3 "TPM2_CreatePrimary", "TPM2_CertifyCreation".
+//! Spec: \[TPM2\] part 1 "Ticket Definition", part 2 "TPMS_CLOCK_INFO", part 3 "TPM2_CreatePrimary", "TPM2_CertifyCreation",
+//! "TPM2_ReadClock".
 
 use hv::io::{Clock, Mmio};
 
-use crate::bank::HashAlg;
+use crate::bank::{Digest, HashAlg};
 use crate::command;
 use crate::error::Error;
 use crate::hash::digest_of;
@@ -47,32 +52,47 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
     /// What the TPM refuses; among that that it has no room for an object. No object is left in it.
     pub fn vouch(&mut self, pcrs: &[u32], data: &[u8; 32]) -> Result<Ticket, Error> {
         let selection = command::selection_of(HashAlg::SHA256, pcrs)?;
-        let create = command::create_primary(&selection, data)?;
+        let restarts = self.restart_count()?;
+        let create = command::create_primary(&selection, &said(data, restarts)?)?;
         let (object, ticket) =
             self.run(command::CC_CREATE_PRIMARY, &create, command::parse_create_primary)?;
         self.flush(object)?;
         Ok(ticket)
     }
 
-    /// Whether `ticket` is for `data`, the present values of `pcrs` and the locality that is held now, of this TPM since its last
-    /// reset.
+    /// Whether `ticket` is for `data`, the present values of `pcrs` and the locality that is held now, of this TPM one DRTM event
+    /// ago.
     ///
     /// # Errors
     /// What the TPM refuses, but for a ticket that is none.
     pub fn vouched(&mut self, pcrs: &[u32], data: &[u8; 32], ticket: &Ticket) -> Result<bool, Error> {
+        match self.restart_count()?.checked_sub(1) {
+            Some(restarts) => self.vouched_at(pcrs, data, ticket, restarts),
+            None => Ok(false),
+        }
+    }
+
+    /// [`Tpm::vouched`] when restartCount was `restarts`.
+    pub(crate) fn vouched_at(
+        &mut self,
+        pcrs: &[u32],
+        data: &[u8; 32],
+        ticket: &Ticket,
+        restarts: u32,
+    ) -> Result<bool, Error> {
         let selection = command::selection_of(HashAlg::SHA256, pcrs)?;
         let locality = self.locality().ok_or(Error::LocalityNotHeld)?;
+        let said = said(data, restarts)?;
         let mut values = command::Command::new();
         for pcr in (0..24).filter(|pcr| pcrs.contains(pcr)) {
             let value = self.read_pcr(HashAlg::SHA256, pcr)?.ok_or(Error::NoBanks)?;
             values.extend_from_slice(value.as_bytes()).map_err(|_| Error::TooManyBanks)?;
         }
-        let sha256 = |parts: &[&[u8]]| digest_of(HashAlg::SHA256, parts).ok_or(Error::NoBanks);
         let values = sha256(&[&values])?;
-        let note = command::creation_data(&selection, values.as_bytes(), locality as u8, data)?;
+        let note = command::creation_data(&selection, values.as_bytes(), locality as u8, &said)?;
         let note = sha256(&[&note])?;
 
-        let create = command::create_primary(&selection, data)?;
+        let create = command::create_primary(&selection, &said)?;
         let (object, _) = self.run(command::CC_CREATE_PRIMARY, &create, command::parse_create_primary)?;
         let certify = command::certify_creation(object, note.as_bytes(), ticket.bytes())?;
         let answer = self.run(command::CC_CERTIFY_CREATION, &certify, |_| Ok(()));
@@ -84,9 +104,23 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
         }
     }
 
+    pub(crate) fn restart_count(&mut self) -> Result<u32, Error> {
+        self.run(command::CC_READ_CLOCK, &command::read_clock()?, command::parse_restart_count)
+    }
+
     fn flush(&mut self, object: u32) -> Result<(), Error> {
         self.run(command::CC_FLUSH_CONTEXT, &command::flush_context(object)?, |_| Ok(()))
     }
+}
+
+/// What the creator has the TPM note: `data` was said when the TPM had counted `restarts`.
+fn said(data: &[u8; 32], restarts: u32) -> Result<Digest, Error> {
+    sha256(&[data, &restarts.to_be_bytes()])
+}
+
+fn sha256(parts: &[&[u8]]) -> Result<Digest, Error> {
+    // The crate computes SHA-256, so there always is a digest.
+    digest_of(HashAlg::SHA256, parts).ok_or(Error::NoBanks)
 }
 
 /// The bit of a locality in TPMA_LOCALITY.

@@ -71,6 +71,8 @@ pub enum Field {
     Created,
     /// A creation ticket.
     Ticket,
+    /// Time, clock and counts.
+    Clock,
 }
 
 /// Why a TPM operation failed.

@@ -64,8 +64,11 @@ fn created(tag: u16, hierarchy: u32, ticket: &[u8]) -> Vec<u8> {
 fn tickets_are_those_of_the_specification() {
     let fifo = Fifo::new(launched());
     let mut tpm = open(&fifo).0.unwrap();
+    let clock =
+        |size: u8| [&[0x80, 1, 0, 0, 0, size][..], &[0; 27], &[3], &[0; 9]].concat()[..size.into()].to_vec();
     let mut asked = |answer: Vec<u8>| {
         let commands = fifo.state().tpm.seen.len();
+        fifo.state().tpm.answer.push_back(clock(35));
         // The model knows no objects: what it is asked after this answer it refuses.
         fifo.state().tpm.answer.push_back(answer);
         let result = tpm.vouch(&[18, 8, 17], &[0x5a; 32]);
@@ -73,12 +76,13 @@ fn tickets_are_those_of_the_specification() {
     };
     let (result, seen) = asked(created(0x8021, 0x4000_0007, &[9; 48]));
     assert_eq!(result, Err(Error::Refused { command: 0x165, rc: 0x143 }), "the object is flushed");
-    let [(2, create), (2, flush)] = &seen[..] else { panic!("{seen:?}") };
+    let [(2, read_clock), (2, create), (2, flush)] = &seen[..] else { panic!("{seen:?}") };
+    assert_eq!(hex::encode(read_clock), "80010000000a00000181");
     assert_eq!(hex::encode(flush), "80010000000e0000016580000001");
-    for command in [create, flush] {
+    for command in [read_clock, create, flush] {
         TpmCommand::cast(command).unwrap().validate().unwrap();
     }
-    let outside = hex::encode([0x5a; 32]);
+    let outside = crate::digest_of(HashAlg::SHA256, &[&[0x5a; 32], &[0, 0, 0, 3]]).unwrap().to_string();
     assert_eq!(
         hex::encode(create),
         "8002".to_owned()
@@ -107,6 +111,12 @@ fn tickets_are_those_of_the_specification() {
     assert_eq!(asked(created(0x8022, 0x4000_0007, &[9; 48])).0, bad(0x8022));
     assert_eq!(asked(created(0x8021, 0x4000_0001, &[9; 48])).0, bad(0x4000_0001));
     assert_eq!(asked(created(0x8021, 0x4000_0007, &[9; 65])).0, bad(65));
+    for size in [34, 36] {
+        fifo.state().tpm.answer.push_back(clock(size));
+        let field = if size < 35 { Field::Clock } else { Field::Trailing };
+        let error = Error::Response { field, value: u32::from(size > 35) };
+        assert_eq!(tpm.vouch(&[17], &[0; 32]), Err(error));
+    }
     assert_eq!(tpm.vouch(&[24], &[0; 32]), Err(Error::Response { field: Field::Pcr, value: 24 }));
 }
 
@@ -229,8 +239,12 @@ proptest! {
         let fifo = Fifo::new(launched());
         let mut tpm = open(&fifo).0.unwrap();
         for answer in answers {
-            fifo.state().tpm.answer.push_back(answer.clone());
-            let _ = tpm.vouch(&[17], &[0; 32]);
+            for clock in [true, false] {
+                let good = [&[0x80, 1, 0, 0, 0, 35][..], &[0; 29]].concat();
+                fifo.state().tpm.answer.extend(clock.then_some(good).into_iter().chain([answer.clone()]));
+                let _ = tpm.vouch(&[17], &[0; 32]);
+                fifo.state().tpm.answer.clear();
+            }
             fifo.state().tpm.answer.push_back(answer);
             let _ = tpm.read_pcr_banks(17);
             let _ = tpm.extend(17, &tpm.digests_of(b"x"));

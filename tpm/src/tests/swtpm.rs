@@ -82,9 +82,14 @@ fn launched_swtpm() -> Option<(Swtpm, Fifo)> {
     drtm(&mut ctrl, b"the block");
     let mut remote = FakeTpm::with(&[]);
     remote.remote = Some(Box::new(move |locality, command| {
-        // The DRTM event of another block, in a command of no TPM.
+        // What happens to a machine, in commands of no TPM.
         if let Some(block) = command.strip_prefix(DRTM_EVENT) {
             drtm(&mut ctrl, block);
+            return Vec::new();
+        }
+        if command == RESET {
+            const INIT: u32 = 2;
+            control(&mut ctrl, INIT, &[0; 4]);
             return Vec::new();
         }
         control(&mut ctrl, SET_LOCALITY, &[locality]);
@@ -100,6 +105,7 @@ fn launched_swtpm() -> Option<(Swtpm, Fifo)> {
 }
 
 const DRTM_EVENT: &[u8] = b"DRTM event: ";
+const RESET: &[u8] = b"reset";
 
 /// What SKINIT makes the CPU do.
 fn drtm(ctrl: &mut UnixStream, block: &[u8]) {
@@ -113,6 +119,21 @@ fn drtm(ctrl: &mut UnixStream, block: &[u8]) {
 
 fn drtm_again(fifo: &Fifo, block: &[u8]) {
     fifo.state().tpm.execute(4, &[DRTM_EVENT, block].concat());
+}
+
+/// The machine is reset after a TPM2_Shutdown of `kind`, 0 for CLEAR and 1 for STATE; firmware starts the TPM clear. Gives
+/// what the launch afterwards has.
+fn reset(tpm: Tpm<Fifo, Ticks>, fifo: &Fifo, kind: u8) -> Tpm<Fifo, Ticks> {
+    drop(tpm);
+    let start = |code, kind| [0x80, 1, 0, 0, 0, 12, 0, 0, 1, code, 0, kind];
+    for command in [&start(0x45, kind)[..], RESET, &start(0x44, 0)] {
+        let response = fifo.state().tpm.execute(0, command);
+        assert!(response.is_empty() || response[6..] == [0; 4], "{response:x?}");
+    }
+    drtm_again(fifo, b"the block");
+    let mut tpm = open(fifo).0.unwrap();
+    launch(&mut tpm, b"image");
+    tpm
 }
 
 #[test]
@@ -142,14 +163,24 @@ fn launch(tpm: &mut Tpm<Fifo, Ticks>, image: &[u8]) {
 }
 
 #[test]
-fn a_ticket_is_good_for_what_was_said_by_the_same_launch_and_for_nothing_else() {
+fn a_ticket_is_good_for_what_was_said_by_the_launch_before_and_for_nothing_else() {
     let Some((_swtpm, fifo)) = launched_swtpm() else { return };
     let mut tpm = open(&fifo).0.unwrap();
     launch(&mut tpm, b"image");
     let (said, other) = ([7; 32], [8; 32]);
     let ticket = tpm.vouch(&PCRS, &said).unwrap();
+    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap(), "no DRTM event yet");
+
+    // The gap: the PCRs are capped, and whatever it has the TPM vouch for is not what a launch said.
+    tpm.cap(&[17, 18]).unwrap();
+    let forged = tpm.vouch(&PCRS, &other).unwrap();
+    // Another launch of the same code knows the one and not the other.
+    drtm_again(&fifo, b"the block");
+    launch(&mut tpm, b"image");
     assert!(tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    assert!(!tpm.vouched(&PCRS, &other, &forged).unwrap());
     assert!(!tpm.vouched(&PCRS, &other, &ticket).unwrap(), "something else was said");
+    assert!(!tpm.vouched(&[17, 18], &said, &ticket).unwrap(), "of fewer PCRs");
     for bit in [0, 77, 255] {
         let mut bad = ticket;
         bad.digest[bit / 8] ^= 1 << (bit % 8);
@@ -159,40 +190,61 @@ fn a_ticket_is_good_for_what_was_said_by_the_same_launch_and_for_nothing_else() 
         let bad = Ticket { size, ..ticket };
         assert!(!tpm.vouched(&PCRS, &said, &bad).unwrap(), "{size} bytes of the ticket");
     }
-
-    // The gap: the PCRs are capped, and whatever it has the TPM vouch for is not what a launch said.
-    tpm.cap(&[17, 18]).unwrap();
-    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
-    let forged = tpm.vouch(&PCRS, &other).unwrap();
-    // Another launch of the same code knows the one and not the other.
-    drtm_again(&fifo, b"the block");
-    launch(&mut tpm, b"image");
-    assert!(tpm.vouched(&PCRS, &said, &ticket).unwrap());
-    assert!(!tpm.vouched(&PCRS, &other, &forged).unwrap());
     // The guest may have the TPM vouch while the PCRs have their values: at its own locality.
     tpm.acquire(Locality::Zero, Contention::LAUNCH).unwrap();
     let forged = tpm.vouch(&PCRS, &other).unwrap();
-    tpm.acquire(Locality::Two, Contention::LAUNCH).unwrap();
+    drtm_again(&fifo, b"the block");
+    launch(&mut tpm, b"image");
     assert!(!tpm.vouched(&PCRS, &other, &forged).unwrap());
-    // Without looking at locality and PCRs each of these would have passed: they are good tickets.
+    // Without looking at the locality it would have passed: it is a good ticket. So is the old one, but for the count.
     tpm.acquire(Locality::Zero, Contention::LAUNCH).unwrap();
     assert!(tpm.vouched(&PCRS, &other, &forged).unwrap());
     tpm.acquire(Locality::Two, Contention::LAUNCH).unwrap();
+    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap(), "of the launch before the one before");
 
-    // Once more is another time: the counting PCR is not reset by a DRTM event, so what was good for the last round is no more.
+    // The counting PCR is not reset by a DRTM event, so what was good for the last round is no more.
     tpm.extend(COUNT, &tpm.digests_of(b"round 2")).unwrap();
-    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    let old = tpm.vouch(&PCRS, &said).unwrap();
+    tpm.extend(COUNT, &tpm.digests_of(b"round 3")).unwrap();
     let next = tpm.vouch(&PCRS, &other).unwrap();
     drtm_again(&fifo, b"the block");
     launch(&mut tpm, b"image");
+    assert!(!tpm.vouched(&PCRS, &said, &old).unwrap());
     assert!(tpm.vouched(&PCRS, &other, &next).unwrap());
-    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
     // Other code.
+    let ticket = tpm.vouch(&PCRS, &said).unwrap();
     drtm_again(&fifo, b"the block");
     launch(&mut tpm, b"another image");
-    assert!(!tpm.vouched(&PCRS, &other, &next).unwrap());
+    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
     // No object is left behind: there is room for three.
     for _ in 0..8 {
         tpm.vouch(&PCRS, &said).unwrap();
+    }
+}
+
+/// A restart sets the counting PCR back, for anyone to extend it as before, and leaves the tickets' secret.
+#[test]
+fn a_ticket_of_before_a_restart_or_reset_is_none() {
+    let Some((_swtpm, fifo)) = launched_swtpm() else { return };
+    let mut tpm = open(&fifo).0.unwrap();
+    launch(&mut tpm, b"image");
+    let said = [7; 32];
+    let round = |tpm: &mut Tpm<Fifo, Ticks>| tpm.extend(COUNT, &tpm.digests_of(b"round 1")).unwrap();
+    for kind in [1, 0] {
+        round(&mut tpm);
+        let ticket = tpm.vouch(&PCRS, &said).unwrap();
+        let restarts = tpm.restart_count().unwrap();
+        tpm = reset(tpm, &fifo, kind);
+        round(&mut tpm);
+        assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
+        // Without the count a restart would have let it pass: it is good for the state of before in all else.
+        let alone = tpm.vouched_at(&PCRS, &said, &ticket, restarts).unwrap();
+        assert_eq!(alone, kind == 1);
+        // What is said now, the next launch knows again.
+        let ticket = tpm.vouch(&PCRS, &said).unwrap();
+        drtm_again(&fifo, b"the block");
+        launch(&mut tpm, b"image");
+        assert!(tpm.vouched(&PCRS, &said, &ticket).unwrap());
+        tpm = reset(tpm, &fifo, 0);
     }
 }
