@@ -24,6 +24,7 @@ pub mod metal;
 pub mod paging;
 pub mod platform;
 pub mod pool;
+pub mod relaunch;
 pub mod run;
 pub mod sandbox;
 pub mod senter;

@@ -1,0 +1,3 @@
+//! Policy `relaunch`: a firmware call between two launches.
+
+pub mod digest;
