@@ -30,6 +30,11 @@ impl Batch {
     pub fn late(&self) -> bool {
         self.header.flags.get() & FLAG_LATE != 0
     }
+
+    /// The relaunch after which it is the first.
+    pub fn relaunch(&self) -> Option<u64> {
+        self.records.first()?.1.relaunch().map(|(round, _)| round)
+    }
 }
 
 /// An exposure log.
@@ -42,6 +47,8 @@ pub struct Exposures {
     pub values: BTreeMap<HashAlg, Digest>,
     /// The batches are only logged: the TPM has no locality that could extend PCR 22.
     pub unextended: bool,
+    /// The last relaunch that it tells of.
+    pub round: Option<u64>,
     /// What does not fit together. Empty in a log as Cordon writes it.
     pub findings: Vec<String>,
 }
@@ -55,11 +62,16 @@ impl Exposures {
             batches: Vec::new(),
             values: BTreeMap::new(),
             unextended: false,
+            round: None,
             findings: Vec::new(),
         };
+        let mut chain = exposure.chain();
         for entry in exposure.entries() {
             let entry = entry?;
             let place = || format!("batch at offset {:#x}", entry.event.offset);
+            if let Err(broken) = chain.follow(&entry) {
+                log.findings.push(format!("{}: {broken}", place()));
+            }
             let records: Result<_, FormatError> = entry.batch.records().collect();
             let records = records.with_context(place)?;
             if let Some(alg) = entry.false_digest() {
@@ -73,8 +85,9 @@ impl Exposures {
             log.batches.push(Batch { header: entry.batch.header, pending: entry.pending, records });
         }
         for alg in ALGS.into_iter().filter(|alg| exposure.banks().iter().any(|bank| bank.alg == *alg)) {
-            log.values.insert(alg, exposure.replay(alg)?);
+            log.values.extend(chain.values.get(alg).map(|value| (alg, *value)));
         }
+        log.round = chain.round.filter(|round| *round != 0);
         log.check();
         Ok(log)
     }
@@ -109,8 +122,9 @@ impl Exposures {
     /// One line: how many there are of what.
     pub fn summary(&self) -> String {
         let count = |pending| self.records().filter(|(_, _, batch)| batch.pending == pending).count();
+        let relaunched = self.round.map(|round| format!("; relaunched, round {round}")).unwrap_or_default();
         format!(
-            "{} records in {} batches, {} pending; {} records spilled, {} lost; {} batches late",
+            "{} records in {} batches, {} pending; {} records spilled, {} lost; {} batches late{relaunched}",
             count(false),
             self.measured().count(),
             count(true),
@@ -146,7 +160,10 @@ impl Exposures {
             if records.first().map(|(sequence, _)| *sequence) != Some(header.first.get()) {
                 find(format!("does not begin with record {}", header.first));
             }
-            for (sequence, _) in records {
+            for (sequence, record) in records {
+                if record.kind == Kind::RELAUNCHED && *sequence != header.first.get() {
+                    find(format!("record {sequence} is of a relaunch and does not begin a batch"));
+                }
                 accounted = accounted.saturating_add(1);
                 if *sequence < next {
                     find(format!("record {sequence} is out of order"));
@@ -247,7 +264,9 @@ pub fn details(record: &Record) -> Vec<String> {
             }
         }
     }
-    if let Some(region) = &record.region {
+    if let Some((round, before)) = record.relaunch() {
+        details.push(format!("round {round}, PCR 22 was {} before", hex::encode(before)));
+    } else if let Some(region) = &record.region {
         let sha256 = hex::encode(region.sha256);
         details.push(format!("{:#x}, {:#x} bytes, now SHA-256 {sha256}", region.base, region.size));
     }
@@ -337,7 +356,9 @@ pub fn json(sequence: u64, record: &Record, batch: &Batch) -> Value {
             }),
         );
     }
-    if let Some(region) = &record.region {
+    if let Some((round, before)) = record.relaunch() {
+        put("relaunch", json!({ "round": round, "pcr22_before": hex::encode(before) }));
+    } else if let Some(region) = &record.region {
         let sha256 = hex::encode(region.sha256);
         put("region", json!({ "base": region.base, "size": region.size, "sha256": sha256 }));
     }
@@ -443,6 +464,8 @@ mod tests {
         assert_eq!(gone, "batch 2: batch 1 should be here; batch 2: 2 records up to 5 are missing");
         let renumbered = found(|log| log.batches[1].header.number = 0.into());
         assert!(renumbered.contains("batch 0: batch 1 should be here"), "{renumbered}");
+        let misplaced = found(|log| log.batches[0].records[1].1.kind = Kind::RELAUNCHED);
+        assert_eq!(misplaced, "batch 0: record 1 is of a relaunch and does not begin a batch");
         let forgotten = found(|log| log.batches[0].records = log.batches[0].records.split_off(1));
         assert!(forgotten.contains("batch 0: does not begin with record 0"), "{forgotten}");
         assert!(forgotten.contains("batch 0: 1 records up to 1 are missing"), "{forgotten}");

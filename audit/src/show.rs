@@ -118,7 +118,8 @@ fn title(batch: &Batch) -> String {
         return "not measured yet:".to_owned();
     }
     let late = if batch.late() { ", late" } else { "" };
-    format!("batch {}, measured after {} s{late}:", header.number, seconds(header.sealed_us.get()))
+    let round = batch.relaunch().map(|round| format!(", first after relaunch {round}")).unwrap_or_default();
+    format!("batch {}, measured after {} s{late}{round}:", header.number, seconds(header.sealed_us.get()))
 }
 
 /// Arguments of `cordon exposure`.

@@ -170,6 +170,24 @@ fn spilled() -> Mle {
     mle
 }
 
+/// [`sample`], then a call between two launches, and one more in the sandbox.
+fn relaunched() -> Mle {
+    let mut mle = sample();
+    mle.measure(8_900_000);
+    mle.pcr = Digests::zero(&banks());
+    mle.log.relaunched(1, 0, 9_000_000).unwrap();
+    let call = |decision, time_us| Record {
+        variable: variable("Setup"),
+        duration_us: 800_000,
+        ..Record::call(Service::SetVariable, decision, 0, time_us)
+    };
+    mle.log.record(&call(Decision::RELAUNCH, 8_950_000));
+    mle.measure(9_900_000);
+    mle.log.record(&call(Decision::SANDBOX, 10_000_000));
+    mle.measure(10_900_000);
+    mle
+}
+
 const LOG: &str = "\
 batch 0, measured after 0.002000 s:
      0        0.001500 cpu0   launch                    -                                        cordon 0.1.0
@@ -290,6 +308,112 @@ fn the_running_system_verifies_without_arguments() {
 }
 
 #[test]
+fn the_log_is_followed_through_a_relaunch() {
+    let (before, mle) = (sample(), relaunched());
+    let guest = Guest::new("relaunched", &mle);
+    let (good, out, error) = guest.verify(&[]);
+    assert!(good, "{out}{error}");
+    assert!(out.contains("the log explains all 8 values compared"), "{out}");
+    assert!(out.contains("14 records in 7 batches, 0 pending"), "{out}");
+    assert!(out.contains("1 batches late; relaunched, round 1"), "{out}");
+    let (good, out, error) = guest.cordon(&["log"]);
+    assert!(good, "{error}");
+    let mut end = before;
+    end.measure(8_900_000);
+    let value = end.pcr.get(HashAlg::SHA256).unwrap();
+    let lines = format!(
+        "\
+batch 5, measured after 9.900000 s, first after relaunch 1:
+    11        9.000000 cpu0   relaunched                -                                        round 1, PCR 22 was {value} before
+    12        8.950000 cpu0   SetVariable               relaunch SUCCESS             800.000 ms  Setup-8be4df61-93ca-11d2-aa0d-00e098032b8c
+batch 6, measured after 10.900000 s:
+"
+    );
+    assert!(out.contains(&lines), "{lines}\nin\n{out}");
+    let (_, out, _) = guest.cordon(&["log", "--json"]);
+    assert!(out.contains(&format!("\"relaunch\":{{\"pcr22_before\":\"{value}\",\"round\":1}}")), "{out}");
+    let (good, out, _) = guest.cordon(&["exposure"]);
+    assert!(good && out.lines().any(|line| line.starts_with("relaunched ")), "{out}");
+    let (page, sysfs) = (guest.0.path("report.html"), guest.0.path("tpm0"));
+    let (good, _, error) = guest.cordon(&["report", "--sysfs", &sysfs, "--html", &page]);
+    assert!(good, "{error}");
+    let page = String::from_utf8(guest.0.get("report.html")).unwrap();
+    assert!(page.contains("relaunched, round 1") && page.contains(&format!("PCR 22 was {value} before")));
+}
+
+#[test]
+fn it_is_followed_when_the_first_chain_is_spilled() {
+    let mut mle = relaunched();
+    let mut guests = Vec::new();
+    for n in 0..600 {
+        mle.log.record(&Record::call(Service::SetVariable, Decision::SANDBOX, 0, 20_000_000 + n));
+        mle.measure(20_000_000 + n);
+        // The first chain is cut, is gone, and the relaunch with it.
+        if [3, 5, 6].contains(&mle.log.counters().spilled_batches) {
+            guests.push(mle.log.counters().spilled_batches);
+            let guest = Guest::new(&format!("spilled-{n}"), &mle);
+            let (good, out, error) = guest.verify(&[]);
+            assert!(good, "{out}{error}");
+        }
+    }
+    guests.dedup();
+    assert_eq!(guests, [3, 5, 6]);
+}
+
+/// The log's events again, each with what `change` makes of its data and digests; without those for which it says no.
+fn rewritten(bytes: &[u8], change: impl Fn(usize, &mut Vec<u8>, &mut Digests) -> bool) -> Vec<u8> {
+    let mut out = vec![0; bytes.len()];
+    let mut writer = LogWriter::create(&mut out, &banks()).unwrap();
+    for (index, event) in tpm::Log::parse(bytes).unwrap().events().map(Result::unwrap).enumerate() {
+        let (mut data, mut digests) = (event.data.to_vec(), event.digests.clone());
+        if change(index, &mut data, &mut digests) {
+            writer.append(event.pcr, event.event_type, &digests, &data).unwrap();
+        }
+    }
+    out
+}
+
+/// What was before a relaunch is no longer in the PCR. Only the new chain's first record knows how it ended.
+#[test]
+fn verify_finds_what_was_changed_before_a_relaunch() {
+    let mle = relaunched();
+    let bytes = mle.bytes();
+    let guest = Guest::new("old-chain", &mle);
+    let verify = |log: &[u8]| {
+        guest.variable("Exposure", log);
+        guest.verify(&[])
+    };
+    assert!(verify(&rewritten(&bytes, |_, _, _| true)).0);
+    let link = "relaunch 1 followed on the value";
+    // The refused SetTime becomes one that succeeded; the digests are made to fit.
+    let (good, out, _) = verify(&rewritten(&bytes, |index, data, new| {
+        if let Some(at) = data.windows(8).position(|bytes| bytes == 0x8000_0000_0000_001a_u64.to_le_bytes()) {
+            assert_eq!(index, 3);
+            data[at..at + 8].fill(0);
+            *new = digests(data);
+        }
+        true
+    }));
+    assert!(!good && out.contains("the log explains all 8 values") && out.contains(link), "{out}");
+    assert!(!out.contains("is not that of its records"), "{out}");
+    // All of the first chain is gone, by an anchor that fits the link.
+    let mut end = sample();
+    end.measure(8_900_000);
+    let (good, out, _) = verify(&rewritten(&bytes, |index, data, digests| {
+        if index == 0 {
+            (data[20], data[28]) = (5, 11);
+            *digests = end.pcr.clone();
+        }
+        index == 0 || index > 5
+    }));
+    assert!(!good && !out.contains(link), "{out}");
+    assert!(
+        out.contains("11 records are left out, but the newest batch knows of 0: the log was cut"),
+        "{out}"
+    );
+}
+
+#[test]
 fn verify_finds_what_the_exposure_log_hides() {
     let mle = sample();
     let guest = Guest::new("hides", &mle);
@@ -315,15 +439,14 @@ fn verify_finds_what_the_exposure_log_hides() {
     let guest = Guest::new("cut", &mle);
     let bytes = mle.bytes();
     let log = tpm::Log::parse(&bytes).unwrap();
-    let events: Vec<_> = log.events().map(Result::unwrap).collect();
-    let mut cut = vec![0; bytes.len()];
-    let mut writer = LogWriter::create(&mut cut, &banks()).unwrap();
-    let mut anchor = events[0].data.to_vec();
-    (anchor[20], anchor[28]) = (1, 1);
-    writer.append(0, 3, &extended_all(&events[0].digests, &events[1].digests), &anchor).unwrap();
-    for event in &events[2..] {
-        writer.append(event.pcr, event.event_type, &event.digests, event.data).unwrap();
-    }
+    let first = log.events().nth(1).unwrap().unwrap().digests;
+    let cut = rewritten(&bytes, |index, data, digests| {
+        if index == 0 {
+            (data[20], data[28]) = (1, 1);
+            *digests = extended_all(digests, &first);
+        }
+        index != 1
+    });
     guest.variable("Exposure", &cut);
     let (good, out, _) = guest.verify(&[]);
     assert!(!good && out.contains("the log explains all 8 values"), "{out}");

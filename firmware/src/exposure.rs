@@ -14,7 +14,7 @@ mod ring;
 #[cfg(test)]
 mod tests;
 
-pub use read::{Batch, Entry, Exposure, FormatError};
+pub use read::{Batch, Chain, Entry, Exposure, FormatError, LinkError};
 pub use record::{
     Access, Decision, Denied, Guid, Kind, NAME_MAX, Name, NoService, RECORD_MAX, Record, Region,
     SERVICE_NONE, TEXT_MAX, Text, Urgency, Variable,

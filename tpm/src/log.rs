@@ -326,15 +326,7 @@ impl<'a> Log<'a> {
     pub fn replay(&self, alg: HashAlg, pcr: u32) -> Result<Digest, LogError> {
         let no_bank = LogError::NoSuchBank { alg: alg.0 };
         let bank = self.banks.iter().find(|bank| bank.alg == alg).ok_or(no_bank)?;
-        self.replay_from(Digest::zero(*bank), pcr)
-    }
-
-    /// The value that `pcr` has, in the bank of `start`, if it was `start` before the log's first event. Every
-    /// record of the log is checked.
-    pub fn replay_from(&self, start: Digest, pcr: u32) -> Result<Digest, LogError> {
-        let alg = start.alg();
-        let no_bank = LogError::NoSuchBank { alg: alg.0 };
-        let mut value = start;
+        let mut value = Digest::zero(*bank);
         for event in self.events() {
             let event = event?;
             if event.pcr == pcr && event.event_type != EV_NO_ACTION {

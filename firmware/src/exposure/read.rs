@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use tpm::log::{EV_EVENT_TAG, EV_NO_ACTION};
+use tpm::log::{EV_EVENT_TAG, EV_NO_ACTION, extended_all};
 use tpm::{Banks, Digest, Digests, Event, HashAlg, Log, LogError, digest_of};
 use zerocopy::Ref;
 
@@ -96,6 +96,11 @@ impl<'a> Batch<'a> {
             return Err(FormatError::Field { field: "batch.count", value: count, limit: most });
         }
         Ok(Self { header, records })
+    }
+
+    /// Round and old value of PCR 22, if this is the first batch after a relaunch: a chain that begins with zeros.
+    pub fn relaunch(&self) -> Option<(u64, [u8; 32])> {
+        self.records().next()?.ok()?.1.relaunch()
     }
 
     /// The records with their sequence numbers; ends after the first error.
@@ -201,19 +206,95 @@ impl<'a> Exposure<'a> {
         &self.anchor
     }
 
-    /// The value of PCR 22 after what was dropped, as the log says. A wrong value does not lead to the PCR's value.
-    pub fn start(&self) -> &Digests {
-        &self.start
-    }
-
     /// What follows the anchor; ends after the first error. Records inside the batches have not been looked at.
     pub fn entries(&self) -> impl Iterator<Item = Result<Entry<'a>, FormatError>> + use<'a, '_> {
         self.log.events().skip(1).map(|event| Entry::parse(event?))
     }
 
-    /// The value that PCR 22 should have in the bank of `alg`.
-    pub fn replay(&self, alg: HashAlg) -> Result<Digest, FormatError> {
-        let start = self.start.get(alg).ok_or(LogError::NoSuchBank { alg: alg.0 })?;
-        Ok(self.log.replay_from(*start, PCR_EXPOSURE)?)
+    /// PCR 22 after what was dropped, as the log says. A wrong value does not lead to the PCR's value.
+    pub fn chain(&self) -> Chain {
+        let whole = self.anchor.batches.get() == 0;
+        Chain { values: self.start.clone(), round: whole.then_some(0) }
+    }
+
+    /// The values that PCR 22 should have.
+    ///
+    /// # Errors
+    /// Those of the log up to its last event. Whether its parts fit together, [`Chain::follow`] tells.
+    pub fn replay(&self) -> Result<Digests, FormatError> {
+        let mut chain = self.chain();
+        for entry in self.entries() {
+            // A broken link shows in no value: the PCR forgot what was before it.
+            let _ = chain.follow(&entry?);
+        }
+        Ok(chain.values)
+    }
+}
+
+/// PCR 22 on its way through a log, by [`Exposure::chain`]. A bank whose algorithm cannot be computed keeps its value.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    /// Its values so far.
+    pub values: Digests,
+    /// The last relaunch there was, 0 before the first; none while that is not known.
+    pub round: Option<u64>,
+}
+
+/// A chain that does not go on from the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkError {
+    /// It says that PCR 22 had another value.
+    Value {
+        /// The relaunch.
+        round: u64,
+        /// What it says, SHA-256.
+        said: [u8; 32],
+    },
+    /// It does not count on from the relaunch before.
+    Round {
+        /// What it says.
+        round: u64,
+        /// What it should say.
+        wanted: u64,
+    },
+}
+
+impl fmt::Display for LinkError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Value { round, said } => {
+                write!(f, "relaunch {round} followed on the value ")?;
+                said.iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
+                f.write_str(" of PCR 22, to which the log before does not lead")
+            }
+            Self::Round { round, wanted } => write!(f, "relaunch {round} should be relaunch {wanted}"),
+        }
+    }
+}
+
+impl Chain {
+    /// Takes the next entry. After an error it has been taken too.
+    ///
+    /// # Errors
+    /// [`LinkError`] of a batch that begins a chain.
+    pub fn follow(&mut self, entry: &Entry<'_>) -> Result<(), LinkError> {
+        let link = entry.batch.relaunch().map_or(Ok(()), |link| self.relaunched(link));
+        if !entry.pending && entry.event.event_type != EV_NO_ACTION {
+            self.values = extended_all(&self.values, &entry.event.digests);
+        }
+        link
+    }
+
+    fn relaunched(&mut self, (round, said): (u64, [u8; 32])) -> Result<(), LinkError> {
+        let before = core::mem::take(&mut self.values);
+        let banks: Banks = before.as_slice().iter().map(Digest::bank).collect();
+        self.values = Digests::zero(&banks);
+        let last = self.round.replace(round);
+        if before.get(HashAlg::SHA256).is_none_or(|value| *value.as_bytes() != said) {
+            return Err(LinkError::Value { round, said });
+        }
+        // Rounds of before the log's start are not known.
+        let wanted = last.map_or(round, |last| last.saturating_add(1));
+        if round == wanted { Ok(()) } else { Err(LinkError::Round { round, wanted }) }
     }
 }

@@ -74,6 +74,9 @@ named_values! { Kind:
     LAUNCH = 14, "launch";
     /// Something stays open on this machine, or was open while it was launched.
     LEFT_OPEN = 15, "left open";
+    /// The MLE was launched again, and with it PCR 22 begins anew: the first record of the first batch after that. See
+    /// [`Record::relaunched`].
+    RELAUNCHED = 16, "relaunched";
 }
 
 /// What was decided about it. Values that have no name are a later version's.
@@ -345,6 +348,18 @@ impl Record {
         Self { service: service as u8, decision, ..Self::new(Kind::CALL, cpu, time_us) }
     }
 
+    /// The MLE was launched again for the `round`th time. PCR 22 of the SHA-256 bank was `before` when the chain of the launch
+    /// before ended.
+    pub const fn relaunched(round: u64, before: [u8; 32], cpu: u32, time_us: u64) -> Self {
+        let region = Some(Region { base: 0, size: round, sha256: before });
+        Self { region, ..Self::new(Kind::RELAUNCHED, cpu, time_us) }
+    }
+
+    /// Round and value of a [`Record::relaunched`].
+    pub fn relaunch(&self) -> Option<(u64, [u8; 32])> {
+        self.region.filter(|_| self.kind == Kind::RELAUNCHED).map(|region| (region.size, region.sha256))
+    }
+
     /// Only a plain read may wait: a call that reads, with an answer that reads commonly have, in which firmware was
     /// denied nothing; and an SMI that such a call raised and that was let through.
     pub fn urgency(&self) -> Urgency {
@@ -457,6 +472,10 @@ impl Record {
             });
         }
         let has = |tail| fixed.tails & tail != 0;
+        if record.kind == Kind::RELAUNCHED && !has(TAIL_REGION) {
+            let (value, limit) = (fixed.tails.into(), TAIL_REGION.into());
+            return Err(FormatError::Field { field: "record.tails of a relaunch", value, limit });
+        }
         if has(TAIL_VARIABLE) {
             let tail: &VariableTail = left.take("record.variable")?;
             let full = tail.name_length.get();

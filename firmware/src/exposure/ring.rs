@@ -1,13 +1,13 @@
 //! The log as the MLE keeps it: batches that are in the PCR, and records that wait to be.
 
 use hv::launch::PCR_EXPOSURE;
-use tpm::log::{EV_EVENT_TAG, EV_NO_ACTION, EVENT_HEAD_MAX, event_head, extended_all};
-use tpm::{Banks, Digests, Error, Log, LogWriter, MAX_BANKS};
+use tpm::log::{EV_EVENT_TAG, EV_NO_ACTION, EVENT_HEAD_MAX, event_head};
+use tpm::{Banks, Digests, Error, HashAlg, LogWriter, MAX_BANKS};
 use zerocopy::IntoBytes;
 
 use super::record::{RECORD_MAX, Record, Urgency};
 use super::{
-    ANCHOR_SIGNATURE, AnchorData, BATCH_TAG, Batch, BatchHeader, FLAG_LATE, PCR_REMARK, PENDING_SIGNATURE,
+    ANCHOR_SIGNATURE, AnchorData, BATCH_TAG, BatchHeader, Exposure, FLAG_LATE, PCR_REMARK, PENDING_SIGNATURE,
     VERSION,
 };
 use crate::call::DATA_MAX;
@@ -150,6 +150,21 @@ impl<const N: usize> ExposureLog<N> {
             }
         }
         urgency
+    }
+
+    /// The MLE was launched again, for the `round`th time: PCR 22 is zero, and a new chain begins, with a record that binds it to
+    /// the old one.
+    ///
+    /// # Errors
+    /// [`Error::Digests`] when records are pending, with which the chain would begin, or there is no SHA-256 bank to bind it by.
+    pub fn relaunched(&mut self, round: u64, cpu: u32, time_us: u64) -> Result<Urgency, Error> {
+        let log = self.log.get(..self.used).unwrap_or_default();
+        let value = Exposure::parse(log).and_then(|log| log.replay()).unwrap_or_default();
+        let before = value.get(HashAlg::SHA256).and_then(|value| value.as_bytes().try_into().ok());
+        match before.filter(|_| self.counters.pending == 0) {
+            Some(before) => Ok(self.record(&Record::relaunched(round, before, cpu, time_us))),
+            None => Err(Error::Digests),
+        }
     }
 
     /// Whether the next record will have room. Without it nothing should be done that leaves a record: a call is better
@@ -295,21 +310,23 @@ impl<const N: usize> ExposureLog<N> {
 
     /// Takes the oldest batches, of `bytes` together or somewhat more, into anchor and counters; where the next starts.
     fn fold_oldest(&mut self, bytes: usize) -> usize {
-        let mut from = self.batches_at;
-        let Ok(log) = Log::parse(self.log.get(..self.used).unwrap_or_default()) else { return from };
+        let Self { log, used, counters, batches_at, .. } = self;
+        let mut from = *batches_at;
+        let Ok(log) = Exposure::parse(log.get(..*used).unwrap_or_default()) else { return from };
+        let mut chain = log.chain();
         // The end of a batch is the start of the next one, or of nothing.
-        let mut events = log.events().skip(1).map_while(Result::ok).peekable();
-        while from.saturating_sub(self.batches_at) < bytes
-            && let Some(event) = events.next()
+        let mut entries = log.entries().map_while(Result::ok).peekable();
+        while from.saturating_sub(*batches_at) < bytes
+            && let Some(entry) = entries.next()
         {
-            if event.event_type != EV_NO_ACTION {
-                self.anchor = extended_all(&self.anchor, &event.digests);
-            }
-            let records = Batch::parse(event.data).map_or(0, |batch| batch.header.count.get());
-            bump(&mut self.counters.spilled, records.into());
-            bump(&mut self.counters.spilled_batches, 1);
-            from = events.peek().map_or(self.used, |next| next.offset);
+            // Chains are linked as we linked them.
+            let _ = chain.follow(&entry);
+            bump(&mut counters.spilled, entry.batch.header.count.get().into());
+            bump(&mut counters.spilled_batches, 1);
+            from = entries.peek().map_or(*used, |next| next.event.offset);
         }
+        drop(entries);
+        self.anchor = chain.values;
         from
     }
 

@@ -262,8 +262,133 @@ fn without_a_locality_batches_are_logged_and_not_replayed() {
     let bytes = bytes(&log);
     let exposure = Exposure::parse(&bytes).unwrap();
     assert!(exposure.anchor().batches.get() > 0);
-    assert_eq!(exposure.replay(HashAlg::SHA256).unwrap().as_bytes(), [0; 32]);
+    assert_eq!(exposure.replay().unwrap(), Digests::zero(&sha256()));
     assert!(exposure.entries().all(|entry| entry.unwrap().false_digest().is_none()));
+}
+
+/// The batches of a log with two relaunches, and where PCR 22 was when each of its three chains ended.
+fn relaunched_twice() -> (Vec<u8>, [Digests; 3]) {
+    let mut log = begun::<SMALL>();
+    let ends = core::array::from_fn(|round| {
+        if round != 0 {
+            assert_eq!(log.relaunched(round as u64, 0, 5), Ok(Urgency::AtOnce));
+        }
+        for n in 0..3 {
+            log.record(&write(n));
+            measure(&mut log, n);
+        }
+        Exposure::parse(&bytes(&log)).unwrap().replay().unwrap()
+    });
+    (bytes(&log), ends)
+}
+
+/// What is wrong with the chains of a log.
+fn broken(exposure: &Exposure<'_>) -> Vec<LinkError> {
+    let mut chain = exposure.chain();
+    exposure.entries().filter_map(|entry| chain.follow(&entry.unwrap()).err()).collect()
+}
+
+#[test]
+fn a_relaunch_begins_a_chain_that_is_bound_to_the_one_before() {
+    let (bytes, ends) = relaunched_twice();
+    let exposure = Exposure::parse(&bytes).unwrap();
+    assert_eq!(broken(&exposure), []);
+    let value = |end: &Digests| <[u8; 32]>::try_from(end.get(HashAlg::SHA256).unwrap().as_bytes()).unwrap();
+    let links: Vec<_> = exposure.entries().map(|entry| entry.unwrap().batch.relaunch()).collect();
+    let none = [None, None];
+    assert_eq!(links[..4], [&[None][..], &none, &[Some((1, value(&ends[0])))]].concat());
+    assert_eq!(links[4..], [&none[..], &[Some((2, value(&ends[1])))], &none].concat());
+    // Only the last chain is in the PCR.
+    let mut last = Digests::zero(&sha256());
+    for entry in exposure.entries().skip(6) {
+        last = extended_all(&last, &entry.unwrap().event.digests);
+    }
+    assert_eq!(exposure.replay().unwrap(), last);
+}
+
+#[test]
+fn records_that_wait_keep_a_chain_from_beginning() {
+    let mut log = begun::<SMALL>();
+    log.record(&write(0));
+    assert!(log.relaunched(1, 0, 0).is_err());
+    measure(&mut log, 0);
+    assert!(log.relaunched(1, 0, 0).is_ok());
+    // Until the record is measured the PCR is zero, as the log says.
+    assert_eq!(Exposure::parse(&bytes(&log)).unwrap().replay().unwrap(), Digests::zero(&sha256()));
+    let mut sha1 = Box::new(ExposureLog::<SMALL>::new());
+    sha1.begin(&banks(&[HashAlg::SHA1]), true).unwrap();
+    assert!(sha1.relaunched(1, 0, 0).is_err(), "nothing to bind it by");
+}
+
+/// Someone changes what was before a relaunch, digests and all. The PCR does not show it; the link does.
+#[test]
+fn an_old_chain_that_was_changed_is_found_though_the_pcr_is_right() {
+    let (bytes, _) = relaunched_twice();
+    let whole = Exposure::parse(&bytes).unwrap();
+    let entries: Vec<_> = whole.entries().map(Result::unwrap).collect();
+    let rewritten = |change: &dyn Fn(usize, &mut Vec<u8>) -> bool| {
+        let mut out = vec![0; bytes.len()];
+        let mut writer = tpm::LogWriter::create(&mut out, &sha256()).unwrap();
+        let anchor = tpm::Log::parse(&bytes).unwrap().events().next().unwrap().unwrap();
+        writer.append(anchor.pcr, anchor.event_type, &anchor.digests, anchor.data).unwrap();
+        for (index, entry) in entries.iter().enumerate() {
+            let mut data = entry.event.data.to_vec();
+            if change(index, &mut data) {
+                let Entry { event, .. } = entry;
+                writer.append(event.pcr, event.event_type, &digests(&sha256(), &data), &data).unwrap();
+            }
+        }
+        let exposure = Exposure::parse(&out).unwrap();
+        assert!(exposure.entries().all(|entry| entry.unwrap().false_digest().is_none()));
+        (broken(&exposure), exposure.replay().unwrap() == whole.replay().unwrap())
+    };
+    assert_eq!(rewritten(&|_, _| true), (vec![], true));
+    let value = |index: usize| entries[index].batch.relaunch().unwrap().1;
+    // The status of a record of the first chain.
+    let changed = rewritten(&|index, data| {
+        data[64 + 26] ^= u8::from(index == 1);
+        true
+    });
+    assert_eq!(changed, (vec![LinkError::Value { round: 1, said: value(3) }], true));
+    // A batch of the second chain is left out, or the relaunch itself.
+    let left_out = (vec![LinkError::Value { round: 2, said: value(6) }], true);
+    assert_eq!(rewritten(&|index, _| index != 4), left_out);
+    let hidden = rewritten(&|index, _| index != 3);
+    assert_eq!(hidden.0.len(), 1, "{hidden:?}");
+    // All of the first chain is left out.
+    assert_eq!(
+        rewritten(&|index, _| index >= 3),
+        (vec![LinkError::Value { round: 1, said: value(3) }], true)
+    );
+    // What the last chain says of itself is in the PCR.
+    let (_, same) = rewritten(&|index, data| {
+        if index == 6 {
+            data[64 + 46 + 8] ^= 1;
+        }
+        true
+    });
+    assert!(!same);
+}
+
+#[test]
+fn rounds_are_counted() {
+    let mut log = begun::<SMALL>();
+    log.record(&write(0));
+    measure(&mut log, 0);
+    for round in [2, 3, 3] {
+        log.relaunched(round, 0, 0).unwrap();
+        measure(&mut log, 0);
+    }
+    let bytes = bytes(&log);
+    let wrong = [LinkError::Round { round: 2, wanted: 1 }, LinkError::Round { round: 3, wanted: 4 }];
+    assert_eq!(broken(&Exposure::parse(&bytes).unwrap()), wrong);
+}
+
+#[test]
+fn a_relaunch_without_its_value_is_refused() {
+    let bytes = Record::new(Kind::RELAUNCHED, 0, 0).encode(0);
+    let error = Record::parse(&bytes).unwrap_err().to_string();
+    assert_eq!(error, "exposure log: record.tails of a relaunch is 0x0, limit 0x4");
 }
 
 #[test]
@@ -330,6 +455,7 @@ enum Step {
         fails: bool,
         late: bool,
     },
+    Relaunch,
 }
 
 fn name() -> impl Strategy<Value = Name> {
@@ -357,15 +483,20 @@ prop_compose! {
     }
 }
 
+/// Not of a relaunch: that record has a place of its own.
+fn any_kind() -> impl Strategy<Value = Kind> {
+    any::<u8>().prop_map(Kind).prop_filter("not of a relaunch", |kind| *kind != Kind::RELAUNCHED)
+}
+
 prop_compose! {
     fn record()(
-        kind in any::<u8>(), service in any::<u8>(), smi_command in any::<u8>(), decision in any::<u8>(),
+        kind in any_kind(), service in any::<u8>(), smi_command in any::<u8>(), decision in any::<u8>(),
         cpu in any::<u32>(), time_us in any::<u64>(), status in any::<u64>(),
         (duration_us, exits, smis) in any::<(u32, u32, u32)>(),
         tails in prop_oneof![2 => Just(read(0)), 1 => tails()],
     ) -> Record {
         Record {
-            kind: Kind(kind), service, smi_command, decision: Decision(decision), cpu, time_us, status,
+            kind, service, smi_command, decision: Decision(decision), cpu, time_us, status,
             duration_us, exits, smis, ..tails
         }
     }
@@ -375,7 +506,8 @@ fn step() -> impl Strategy<Value = Step> {
     let measure =
         (prop::collection::vec(record(), 0..3), prop::bool::weighted(0.1), prop::bool::weighted(0.1))
             .prop_map(|(meanwhile, fails, late)| Step::Measure { meanwhile, fails, late });
-    prop_oneof![3 => record().prop_map(|record| Step::Record(Box::new(record))), 1 => measure]
+    let record = record().prop_map(|record| Step::Record(Box::new(record)));
+    prop_oneof![12 => record, 4 => measure, 1 => Just(Step::Relaunch)]
 }
 
 fn some_banks() -> impl Strategy<Value = Banks> {
@@ -395,12 +527,22 @@ fn agrees_with_the_model<const N: usize>(banks: &Banks, steps: &[Step]) -> Resul
     log.begin(banks, true).unwrap();
     let mut made: Vec<Record> = Vec::new();
     let mut pcr = Digests::zero(banks);
-    let mut late = 0;
+    let (mut late, mut rounds) = (0, 0);
     for step in steps {
         match step {
             Step::Record(record) => {
                 made.push(**record);
                 log.record(record);
+            }
+            Step::Relaunch => {
+                if log.relaunched(rounds + 1, 2, 3).is_err() {
+                    prop_assert_ne!(log.counters().pending, 0);
+                    continue;
+                }
+                rounds += 1;
+                let before = pcr.get(HashAlg::SHA256).unwrap().as_bytes().try_into().unwrap();
+                made.push(Record::relaunched(rounds, before, 2, 3));
+                pcr = Digests::zero(banks);
             }
             Step::Measure { meanwhile, fails, late: now_late } => {
                 if *now_late {
@@ -422,19 +564,19 @@ fn agrees_with_the_model<const N: usize>(banks: &Banks, steps: &[Step]) -> Resul
     }
     let bytes = bytes(&log);
     let exposure = Exposure::parse(&bytes).unwrap();
-    for bank in banks.iter().filter(|bank| bank.alg.name().is_some()) {
-        prop_assert_eq!(exposure.replay(bank.alg).unwrap(), *pcr.get(bank.alg).unwrap());
-    }
+    prop_assert_eq!(exposure.replay().unwrap(), pcr);
     let counters = *log.counters();
     let anchor = *exposure.anchor();
     prop_assert_eq!(
         (anchor.batches.get(), anchor.records.get()),
         (counters.spilled_batches, counters.spilled)
     );
+    let mut chain = exposure.chain();
     let (mut present, mut pending, mut number, mut highest) = (0, 0, anchor.batches.get(), None);
     for entry in exposure.entries() {
         let entry = entry.unwrap();
         prop_assert_eq!(entry.false_digest(), None);
+        prop_assert_eq!(chain.follow(&entry), Ok(()));
         let batch = entry.batch;
         let header = batch.header;
         prop_assert_eq!(header.number.get(), number);
@@ -453,6 +595,7 @@ fn agrees_with_the_model<const N: usize>(banks: &Banks, steps: &[Step]) -> Resul
             (present, number) = (present + count, number + 1);
         }
     }
+    prop_assert!(chain.round.is_none_or(|round| round == rounds));
     prop_assert_eq!(counters.batches, number);
     prop_assert_eq!(counters.pending, pending);
     prop_assert_eq!(counters.records, made.len() as u64);
@@ -480,6 +623,7 @@ proptest! {
             match step {
                 Step::Record(record) => drop(log.record(&record)),
                 Step::Measure { .. } => drop(measure(&mut log, 0)),
+                Step::Relaunch => drop(log.relaunched(1, 0, 0)),
             }
         }
         let mut changed = bytes(&log);
@@ -490,7 +634,7 @@ proptest! {
         }
         for bytes in [&changed, &random] {
             if let Ok(exposure) = Exposure::parse(bytes) {
-                let _ = exposure.replay(HashAlg::SHA256);
+                let _ = exposure.replay();
                 for entry in exposure.entries().flatten() {
                     let _ = entry.false_digest();
                     let _ = entry.batch.records().count();
