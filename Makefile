@@ -72,11 +72,13 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test -p tests --test machine -- --test-threads=2
 	$(CARGO) test -p tests --test services -- --test-threads=2
 	$(CARGO) test -p tests --test senter -- --test-threads=2
+	$(CARGO) test -p tests --test devices
 	$(CARGO) test -p tests --test intel
 	$(BENCH) attacks
 
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
 	$(CARGO) test -p tests --test vmx -- --ignored
+	$(CARGO) test -p tests --test devices -- --ignored --nocapture
 	$(CARGO) test -p tests --test services -- --ignored
 	$(CARGO) test -p tests --test intel -- --ignored --test-threads=2
 	$(CARGO) test -p tests --test attacks -- --ignored

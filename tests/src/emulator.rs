@@ -4,6 +4,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::Result;
+use serde_json::Value;
 
 /// A running emulator. Dropping it ends it.
 pub trait Emulator {
@@ -24,6 +25,12 @@ pub trait Emulator {
 
     /// Changes physical memory past all that protects it, while the machine stands still.
     fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Plugs a device in; `device` is what QEMU's `device_add` takes.
+    fn plug(&mut self, device: &Value) -> Result<()>;
+
+    /// Has the guest give back the device `id`, and takes it out.
+    fn unplug(&mut self, id: &str) -> Result<()>;
 
     /// Ends it, in order if that can be had.
     fn quit(&mut self);

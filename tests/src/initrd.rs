@@ -19,7 +19,7 @@ const INIT: &[u8] = include_bytes!("../guest/init");
 
 /// Writes the RAM disk to `to`, packed by `packing`, with busybox from `busybox`, `cordon` from `tool`, and modules from the folder `modules`.
 pub fn build(busybox: &Path, tool: &Path, modules: &Path, packing: Compression, to: &Path) -> Result<()> {
-    let order = load_order(modules)?;
+    let order = load_order(modules, &MODULES)?;
     let mut archive = Archive::default();
     for folder in ["bin", "lib", "lib/modules"] {
         archive.add(folder, ModeFileType::Directory, 0o755, &[])?;
@@ -30,13 +30,7 @@ pub fn build(busybox: &Path, tool: &Path, modules: &Path, packing: Compression, 
     archive.add("bin/busybox", ModeFileType::Regular, 0o755, &busybox)?;
     let tool = fs::read(tool).with_context(|| format!("{}: run `make build`", tool.display()))?;
     archive.add("bin/cordon", ModeFileType::Regular, 0o755, &tool)?;
-    let mut list = String::new();
-    for module in &order {
-        let name = module.file_name().unwrap_or_default().to_string_lossy();
-        list.push_str(&format!("{name}\n"));
-        archive.add(&format!("lib/modules/{name}"), ModeFileType::Regular, 0o644, &fs::read(module)?)?;
-    }
-    archive.add("lib/modules/order", ModeFileType::Regular, 0o644, list.as_bytes())?;
+    archive.add_modules(&order, &[])?;
     let plain = trailer(archive.bytes)?;
     let mut packed = GzBuilder::new().mtime(0).write(Vec::new(), packing);
     packed.write_all(&plain)?;
@@ -60,6 +54,20 @@ pub fn add_program(base: &Path, program: &Path, to: &Path) -> Result<()> {
         let bytes = fs::read(file).with_context(|| path.to_string())?;
         archive.add(&path[1..], ModeFileType::Regular, 0o755, &bytes)?;
     }
+    append(base, archive, to)
+}
+
+/// Writes the RAM disk `base`, which [`build`] made of the folder `modules`, and behind it more modules of that folder, for init to
+/// load after the others, to `to`.
+pub fn add_modules(base: &Path, modules: &Path, names: &[&str], to: &Path) -> Result<()> {
+    let there = load_order(modules, &MODULES)?;
+    let all = load_order(modules, &[&MODULES, names].concat())?;
+    let mut archive = Archive::default();
+    archive.add_modules(&all, &there)?;
+    append(base, archive, to)
+}
+
+fn append(base: &Path, archive: Archive, to: &Path) -> Result<()> {
     let mut all = fs::read(base).with_context(|| base.display().to_string())?;
     all.resize(all.len().next_multiple_of(4), 0);
     all.extend(trailer(archive.bytes)?);
@@ -85,10 +93,23 @@ impl Archive {
         self.bytes = entry.finish()?;
         Ok(())
     }
+
+    /// The modules `order` but those that are `there`, and for init the list of all.
+    fn add_modules(&mut self, order: &[PathBuf], there: &[PathBuf]) -> Result<()> {
+        let mut list = String::new();
+        for module in order {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            list.push_str(&format!("{name}\n"));
+            if !there.contains(module) {
+                self.add(&format!("lib/modules/{name}"), ModeFileType::Regular, 0o644, &fs::read(module)?)?;
+            }
+        }
+        self.add("lib/modules/order", ModeFileType::Regular, 0o644, list.as_bytes())
+    }
 }
 
-/// The files of [`MODULES`] and of all they depend on. A module that the kernel has built in has no file.
-fn load_order(modules: &Path) -> Result<Vec<PathBuf>> {
+/// The files of the modules `names` and of all they depend on. A module that the kernel has built in has no file.
+fn load_order(modules: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(modules).with_context(|| modules.display().to_string())? {
         let path = entry?.path();
@@ -97,7 +118,7 @@ fn load_order(modules: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     let mut order = Vec::new();
-    for module in MODULES {
+    for module in names {
         add_with_dependencies(module, &files, &mut order)?;
     }
     Ok(order)
@@ -156,12 +177,28 @@ mod tests {
         module(dir.path(), "scsi_mod", "");
         module(dir.path(), "sd_mod", "scsi_mod,t10-pi");
         module(dir.path(), "t10-pi", "");
-        let names: Vec<_> = load_order(dir.path())
+        let names: Vec<_> = load_order(dir.path(), &MODULES)
             .unwrap()
             .iter()
             .map(|p| p.file_stem().unwrap().to_string_lossy().into_owned())
             .collect();
         assert_eq!(names, ["scsi_mod", "libata", "libahci", "ahci", "t10-pi", "sd_mod"]);
+    }
+
+    #[test]
+    fn more_modules_come_after_those_that_are_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, to) = (dir.path().join("base"), dir.path().join("to"));
+        module(dir.path(), "sd_mod", "scsi_mod");
+        module(dir.path(), "scsi_mod", "");
+        module(dir.path(), "usb-storage", "scsi_mod,usbcore");
+        module(dir.path(), "usbcore", "");
+        fs::write(&base, "base!").unwrap();
+        add_modules(&base, dir.path(), &["usb-storage"], &to).unwrap();
+        let all = String::from_utf8_lossy(&fs::read(to).unwrap()).into_owned();
+        assert!(all.starts_with("base!\x00\x00\x00070701"), "{all}");
+        assert!(all.contains("scsi_mod.ko\nsd_mod.ko\nusbcore.ko\nusb-storage.ko\n"), "{all}");
+        assert!(all.contains("lib/modules/usbcore.ko") && !all.contains("lib/modules/scsi_mod.ko"), "{all}");
     }
 
     #[test]

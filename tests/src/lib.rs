@@ -6,6 +6,7 @@ pub mod bochs;
 pub mod channel;
 pub mod child;
 pub mod compare;
+pub mod devices;
 pub mod emulator;
 pub mod esp;
 #[cfg(test)]

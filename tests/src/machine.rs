@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use serde_json::Value;
 
 use crate::board::Board as Records;
 use crate::bochs::player::Watch;
@@ -416,6 +417,16 @@ impl Machine {
     /// Changes physical memory past all protections, as SMM can. The machine stands still meanwhile.
     pub fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         self.emulator.write_memory(at, bytes)
+    }
+
+    /// Plugs a device in; `device` is what QEMU's `device_add` takes.
+    pub fn plug(&mut self, device: &Value) -> Result<()> {
+        self.emulator.plug(device)
+    }
+
+    /// Has the guest give back the device `id`, and takes it out.
+    pub fn unplug(&mut self, id: &str) -> Result<()> {
+        self.emulator.unplug(id)
     }
 
     /// Output of a command that has not ended.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::channel::Channel;
 use crate::child::{self, Guarded};
@@ -145,6 +145,14 @@ impl Emulator for Qemu {
         let mut gdb = Gdb::new(self.dir.connect("gdb.sock")?)?;
         gdb.write_physical(at, bytes)?;
         gdb.detach()
+    }
+
+    fn plug(&mut self, device: &Value) -> Result<()> {
+        self.qmp.execute_with("device_add", device)
+    }
+
+    fn unplug(&mut self, id: &str) -> Result<()> {
+        self.qmp.execute_with("device_del", &json!({ "id": id }))
     }
 
     fn quit(&mut self) {

@@ -14,8 +14,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 use crate::channel::Channel;
 use crate::child::{self, Guarded};
@@ -208,6 +209,14 @@ impl Emulator for Bochs {
 
     fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         self.request(|reply| Request::Write { at, bytes: bytes.to_vec(), reply })
+    }
+
+    fn plug(&mut self, _device: &Value) -> Result<()> {
+        bail!("Bochs' devices are there from the start")
+    }
+
+    fn unplug(&mut self, _id: &str) -> Result<()> {
+        bail!("Bochs' devices are there to the end")
     }
 
     fn quit(&mut self) {

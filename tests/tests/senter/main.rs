@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use hv::failure::{Record, SenterError, Stage};
 use memory::Wrong;
+use tests::channel::{Channel, Wait};
 use tests::child::{self, Guarded};
+use tests::devices;
 use tests::run_dir::RunDir;
 use tests::swtpm::Swtpm;
 use tests::{images, paths};
@@ -22,20 +24,21 @@ const GETSEC: [u8; 2] = [0x0f, 0x37];
 
 struct Machine {
     qemu: Guarded,
+    channel: Channel,
     _tpm: Swtpm,
     dir: RunDir,
 }
 
 impl Machine {
-    /// Starts it.
-    fn start(cpus: u32, wrong: Wrong) -> Self {
+    /// Starts it, with devices besides those that it always has.
+    fn start(cpus: u32, wrong: Wrong, devices: Option<&devices::Set>) -> Self {
         let dir = RunDir::create(&paths::build()).unwrap();
         let mut mle = fs::read(paths::mle()).unwrap();
         let at = mle.windows(2).position(|bytes| bytes == GETSEC).unwrap();
         assert!(at < 4096);
         mle[at..at + 2].fill(0x90);
         let read = |path: &Path| fs::read(path).unwrap();
-        let mut initrd = read(&paths::initrd());
+        let mut initrd = read(&devices.map_or_else(paths::initrd, devices::Set::initrd));
         initrd.resize(initrd.len().next_multiple_of(4), 0);
         let cmdline = "console=ttyS0";
         let pieces = memory::pieces(&mle, read(&paths::kernel()), initrd, cmdline, cpus, wrong);
@@ -57,7 +60,8 @@ impl Machine {
         let mut command = child::command("qemu-system-x86_64");
         let arguments = format!(
             "-machine q35,smm=off -cpu EPYC,+svm,+npt,-x2apic -smp {cpus} -m {}M -nodefaults -display none
-             -no-reboot -serial file:console.log -device intel-iommu -device ivshmem-plain,memdev=txt
+             -no-reboot -serial file:console.log -chardev socket,id=channel,path=channel.sock,server=on,wait=off
+             -serial chardev:channel -device intel-iommu -device ivshmem-plain,memdev=txt
              -object memory-backend-file,id=txt,mem-path=txt,share=on,size={REGISTERS}
              -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm,chardev=tpm -device tpm-tis,tpmdev=tpm",
             memory::SIZE >> 20
@@ -72,8 +76,11 @@ impl Machine {
                 command.args(["-device", &format!("loader,file={name},addr={address:#x},force-raw=on")]);
             }
         }
+        command.args(devices.map(devices::Set::arguments).unwrap_or_default());
         let qemu = Guarded::spawn("qemu", command, &dir.file("qemu.log")).unwrap();
-        Self { qemu, _tpm: tpm, dir }
+        let link = dir.connect("channel.sock").unwrap();
+        let channel = Channel::new(link.try_clone().unwrap(), link);
+        Self { qemu, channel, _tpm: tpm, dir }
     }
 
     fn console(&self) -> String {
@@ -86,7 +93,7 @@ impl Machine {
     }
 
     /// Waits until `done`, or the machine's end.
-    fn wait(&mut self, time: Duration, done: impl Fn(&Self) -> bool) {
+    fn wait(&mut self, time: Duration, mut done: impl FnMut(&mut Self) -> bool) {
         let end = Instant::now() + time;
         while !done(self) {
             let ended = self.qemu.ended().unwrap();
@@ -95,14 +102,33 @@ impl Machine {
             std::thread::sleep(Duration::from_millis(100));
         }
     }
+
+    /// Runs a shell script in the guest, which must succeed, and gives its output.
+    fn check(&mut self, script: &str) -> anyhow::Result<String> {
+        let mark = self.channel.send_script(script)?;
+        let mut result = None;
+        self.wait(Duration::from_secs(120), |m| {
+            result = match m.channel.output(&mark, Duration::ZERO) {
+                Ok(Wait::Pending) => None,
+                Ok(Wait::Done(output)) => Some(Ok(output)),
+                Ok(Wait::Closed) => Some(Err(anyhow::anyhow!("the port is closed"))),
+                Err(error) => Some(Err(error)),
+            };
+            result.is_some()
+        });
+        let output = result.unwrap()?;
+        anyhow::ensure!(output.status == 0, "`{script}` ended with {}: {}", output.status, output.text());
+        Ok(output.text())
+    }
 }
 
 #[test]
 fn linux_starts_behind_vt_d() {
     images::build().unwrap();
     images::build_initrd().unwrap();
-    let mut machine = Machine::start(2, Wrong::Nothing);
-    machine.wait(Duration::from_secs(240), |m| m.console().contains("a shell on the console"));
+    let set = devices::Set::create().unwrap();
+    let mut machine = Machine::start(2, Wrong::Nothing, Some(&set));
+    machine.wait(Duration::from_secs(240), |m| m.channel.ready(Duration::ZERO) == Wait::Done(()));
     let console = machine.console();
     for line in ["1 IOMMU(s) deny all DMA", "DMA open to it alone", "smp: Brought up 1 node, 2 CPUs", "AHCI"]
     {
@@ -113,6 +139,11 @@ fn linux_starts_behind_vt_d() {
     assert_eq!(machine.register(regs::ERRORCODE), 0);
     assert_eq!(machine.register(regs::CMD_SECRETS) & 1, 1);
     assert_eq!(machine.register(regs::CMD_OPEN_LOCALITY1) & 1, 1);
+    let done = devices::exercise(&set, |script| machine.check(script)).unwrap();
+    devices::check_walked(&done, &machine.dir.file("qemu.log")).unwrap();
+    devices::print("intel-iommu", &done);
+    let log = fs::read_to_string(machine.dir.file("qemu.log")).unwrap();
+    assert!(!log.contains("vtd_dmar_fault"), "{log}");
 }
 
 #[test]
@@ -126,7 +157,7 @@ fn what_sinit_did_not_vouch_for_ends_in_a_reset_with_the_reason() {
         (Wrong::Ranges, SenterError::Memory, false),
         (Wrong::Silent, SenterError::Missing, false),
     ] {
-        let mut machine = Machine::start(2, wrong);
+        let mut machine = Machine::start(2, wrong, None);
         machine.wait(Duration::from_secs(60), |m| m.register(regs::CMD_RESET) & 1 == 1);
         let record = Record::from_errorcode(machine.register(regs::ERRORCODE) as u32).unwrap();
         assert_eq!((record.stage, record.code), (Stage::Senter, error as u16), "{wrong:?}");
