@@ -41,7 +41,7 @@ pub fn entry(cmdline: &str, with_config: bool, launch: Launch, locality0: bool) 
     text.push_str(match launch {
         // The emulated CPU does not report SKINIT: the bench plays it.
         Launch::Skinit => "cordon-slb /cordon/slb.bin\ncordon-skinit insist\n",
-        Launch::Senter => "cordon-sinit /cordon/sinit.bin\n",
+        Launch::Senter => "cordon-launch senter\ncordon-sinit /cordon/sinit.bin\n",
     });
     if locality0 {
         text.push_str("cordon-locality0 allow\n");
