@@ -423,7 +423,7 @@ fn launch<'a>(
     }
     looked_at.tables(&own, &pool, u64::MAX);
     for tables in [Some(&sandboxed.nested), sandboxed.native.as_ref()].into_iter().flatten() {
-        looked_at.tables(tables, &pool, watch::CONSTANT);
+        looked_at.tables(tables, &pool, watch::constant(tables.format()));
     }
     looked_at.bits(trap::idt(), u64::MAX);
     looked_at.bits(memory.constant(), u64::MAX);

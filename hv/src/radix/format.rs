@@ -300,10 +300,17 @@ impl Format {
         phys | bits | if level > 1 { self.large_bit() } else { 0 }
     }
 
+    /// Bits of a leaf that say what it allows.
+    pub const fn rights_mask(&self) -> u64 {
+        self.read | self.write | self.exec | self.no_exec
+    }
+
     /// The same leaf with other rights.
-    pub(super) fn with_rights(&self, entry: u64, rights: Rights) -> Result<u64, Error> {
-        let all = self.read | self.write | self.exec | self.no_exec;
-        Ok((entry & !all) | self.rights_bits(rights)?)
+    ///
+    /// # Errors
+    /// The format has no such rights.
+    pub fn with_rights(&self, entry: u64, rights: Rights) -> Result<u64, Error> {
+        Ok((entry & !self.rights_mask()) | self.rights_bits(rights)?)
     }
 
     /// The leaf for a part of a leaf of `level`, one level below.
@@ -332,7 +339,7 @@ impl Format {
     }
 
     /// What a leaf allows.
-    pub(super) fn rights(&self, entry: u64) -> Rights {
+    pub fn rights(&self, entry: u64) -> Rights {
         let mut rights = Rights::empty();
         rights.set(Rights::READ, entry & self.read == self.read);
         rights.set(Rights::WRITE, entry & self.write == self.write);
