@@ -184,6 +184,12 @@ impl Cpu {
         self.arrived.held.swap(0, Ordering::Relaxed)
     }
 
+    /// Vector of an interrupt that was lost since last asked: see [`trap::Arrived::lost`].
+    pub fn lost_interrupt(&self) -> Option<u8> {
+        let lost = self.arrived.lost.swap(0, Ordering::Relaxed);
+        (lost & trap::LOST != 0).then_some(lost as u8)
+    }
+
     /// Waits for an interrupt of any kind; one that arrived before the call ends it too.
     pub fn doze(&mut self) {
         self.host.doze();

@@ -16,6 +16,7 @@ pub mod fatal;
 pub mod guest;
 pub mod inputs;
 pub mod launch;
+pub mod legacy_pic;
 pub mod lent_timer;
 pub mod logger;
 pub mod measure;

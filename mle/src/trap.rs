@@ -2,7 +2,8 @@
 //!
 //! The MLE takes no interrupts by intent. What can arrive, in the short windows with GIF set: an NMI (kept for the
 //! guest), #SX for a redirected INIT, the wake-up of a parked AP and the timer's, and while the timer is the MLE's what other
-//! CPUs send to the guest. Everything else is a fault of ours, and fatal.
+//! CPUs send to the guest. An interrupt of any other vector, which only an 8259 or a device can have sent by ExtINT past the task
+//! priority, is noted and lost. Everything else is a fault of ours, and fatal.
 //!
 //! UNSAFETY: loading descriptor tables and the entry code of the vectors.
 #![expect(unsafe_code, reason = "the hardware edge")]
@@ -21,6 +22,7 @@ pub const WAKE_VECTOR: u8 = 0xf0;
 /// Vector of #SX: an INIT that VM_CR.R_INIT redirected.
 const SX_VECTOR: u64 = 30;
 const NMI_VECTOR: u64 = 2;
+const RFLAGS_IF: u64 = 1 << 9;
 
 /// Selector of 64-bit code.
 pub const CODE: u16 = 0x08;
@@ -42,7 +44,12 @@ pub struct Arrived {
     /// Interrupts of the top priority class that came for the guest while the MLE had the timer: a bit for each vector from
     /// E0h on.
     pub held: AtomicU32,
+    /// The latest interrupt that was lost: its vector and [`LOST`].
+    pub lost: AtomicU32,
 }
+
+/// [`Arrived::lost`] holds one.
+pub const LOST: u32 = 1 << 8;
 
 /// Descriptor tables of one CPU.
 #[repr(C, align(16))]
@@ -103,12 +110,26 @@ unsafe extern "C" fn stubs() {
         "push vector - 256",
         ".endif",
         ".if vector == 8 || (vector >= 10 && vector <= 14) || vector == 17 || vector == 21 || vector == 29 || vector == 30",
-        "jmp {common}",
+        "jmp {with_error}",
         ".else",
         "jmp {without_error}",
         ".endif",
         ".set vector, vector + 1",
         ".endr",
+        with_error = sym with_error,
+        without_error = sym without_error,
+    )
+}
+
+/// An exception pushes an error code. An interrupt by the same vector does not: there CS is where RIP would be, and no code is
+/// at that address.
+#[unsafe(naked)]
+unsafe extern "C" fn with_error() {
+    naked_asm!(
+        "cmp qword ptr [rsp + 16], {code}",
+        "jne {common}",
+        "jmp {without_error}",
+        code = const CODE,
         common = sym common,
         without_error = sym without_error,
     )
@@ -183,6 +204,8 @@ extern "sysv64" fn handler(frame: &Frame) {
             arrived().held.fetch_or(1 << (v & 31), Ordering::Relaxed);
             end_of_interrupt();
         }
+        // The MLE takes interrupts at instructions that do not fault, and runs all others with interrupts off.
+        v if frame.rflags & RFLAGS_IF != 0 => arrived().lost.store(LOST | v as u32, Ordering::Relaxed),
         _ => {
             let fatal = FATAL.load(Ordering::Acquire);
             if fatal != 0 {

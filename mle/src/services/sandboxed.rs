@@ -15,6 +15,7 @@ use crate::cpu::Cpu;
 use crate::guest::exits::TWO_BYTES;
 use crate::guest::ports::{finish_port, guarded_access, port_access};
 use crate::guest::{cpuid, ends, ports};
+use crate::legacy_pic::Silenced;
 use crate::lent_timer::LentTimer;
 use crate::metal::{Identity, PhysWindow, Ports};
 use crate::{exposure, smi};
@@ -89,6 +90,7 @@ impl Services {
         let Some(mut timer) = LentTimer::borrow(local) else {
             return self.run_with(call, cpu, false, ports, |_| None);
         };
+        let pics = Silenced::begin(&ports);
         let end = self.run_with(call, cpu, true, ports, |cpu| {
             cpu.take_interrupts();
             timer.go_on(local);
@@ -98,6 +100,12 @@ impl Services {
             cpu.take_interrupts();
             cpu.held_interrupts()
         });
+        pics.end(&ports);
+        if let Some(vector) = cpu.lost_interrupt() {
+            let text = Some(Text::new(format_args!("interrupt {vector:#x} lost: ExtINT")));
+            let record = Record::new(Kind::REFUSED, call.owner, exposure::now_us(&self.parts.clock));
+            exposure::record(&Record { text, service: call.service as u8, ..record });
+        }
         end
     }
 

@@ -221,6 +221,9 @@ pub extern "sysv64" fn main() -> ! {
     for end in ends {
         say!("sandbox: {end}");
     }
+    // SAFETY: CPL 0 on bare metal.
+    let lost = sandbox::lose_interrupt(&mut cpu, unsafe { Ports::new() });
+    say!("lost: {lost:?}");
     say!("{}", if kept { "done" } else { "the sandbox changed registers of the guest" });
     shutdown()
 }

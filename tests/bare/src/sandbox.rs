@@ -3,13 +3,13 @@
 use core::arch::global_asm;
 
 use heapless::Vec;
-use hv::io::{Mmio, Msr};
+use hv::io::{Mmio, Msr, PortIo};
 use hv::radix::{PageSize, Tables};
 use hv::space::{AddressSpace, View};
 use hv::vcpu::{Exit, Role};
 use mle::backend::{MsrMap, PortMap, Vcpu, VcpuPage, Vendor, Vm};
 use mle::cpu::Cpu;
-use mle::metal::{Msrs, PhysWindow};
+use mle::metal::{Msrs, PhysWindow, Ports};
 use mle::pool::PagePool;
 use mle::trap::WAKE_VECTOR;
 
@@ -107,6 +107,18 @@ pub fn run(
     // SAFETY: reads a register.
     unsafe { core::arch::asm!("mov {}, cr2", out(reg) cr2, options(nomem, nostack)) };
     (ends, msrs.rdmsr(KERNEL_GS_BASE) == MARK && cr2 != 0x5555)
+}
+
+/// Lets the interval timer interrupt the MLE by the BIOS's vector, that of a double fault; gives what was lost.
+pub fn lose_interrupt(cpu: &mut Cpu, ports: Ports) -> Option<u8> {
+    const MASK: u16 = 0x21;
+    ports.out8(MASK, 0xfe);
+    let lost = (0..1_000_000).find_map(|_| {
+        cpu.take_interrupts();
+        cpu.lost_interrupt()
+    });
+    ports.out8(MASK, 0xff);
+    lost
 }
 
 /// One interrupt, soon.
