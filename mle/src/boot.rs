@@ -338,9 +338,13 @@ fn copy_to(mem: &impl PhysMem, from: u64, to: u64, len: u64) -> Result<(), BootE
 mod tests {
     use super::*;
     use firmware::linux::HEADER_BYTES;
-    use hv::radix::ENTRIES;
+    use hv::radix::{ENTRIES, Rights};
+    use hv::space::View;
+    use proptest::prelude::*;
 
     use crate::fake::Ram;
+    use crate::measure::TPM_CLOSED;
+    use crate::memory;
 
     const MIB: u64 = 1 << 20;
     const RAM: usize = 64 << 20;
@@ -463,6 +467,65 @@ mod tests {
         }
         // The preferred address is the firmware's: the kernel went to the next aligned place.
         assert_eq!(layout.placement.room.start(), 18 * MIB);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        /// I1 for the product's own layouts: whatever the memory map and wherever loader and firmware put things, either the
+        /// launch ends, or no view reaches what is not its.
+        #[test]
+        fn no_layout_gives_anybody_what_is_anothers(
+            pieces in prop::collection::vec((1u64..20_000, 0usize..12), 4..24),
+            at in [0u64..31, 0..31, 0..31, 0..31, 0..31, 0..31],
+            window in prop::sample::select(vec![0xfed8_0000u64, 0xfed9_0000, 50 * MIB]),
+            smm in any::<bool>(),
+        ) {
+            // Mostly memory; the rest is firmware's, somebody's, or a device's.
+            const TYPES: [(u32, u64); 12] = [
+                (7, 8), (7, 8), (7, 8), (7, 8), (2, 8), (3, 8), (4, 8), (0, 8), (5, 8 << 60 | 8), (6, 8 << 60 | 8), (11, 8 << 60), (9, 8),
+            ];
+            let mut map = vec![];
+            let mut start = 0;
+            // The launch page is always in memory.
+            for (pages, ty) in [(256, 0)].into_iter().chain(pieces) {
+                let (ty, attributes) = TYPES[ty];
+                let pages = if attributes == 8 { pages } else { pages % 600 + 1 };
+                map.extend([u64::from(ty), start, 0, pages, attributes].map(u64::to_le_bytes).concat());
+                start += pages * PAGE_SIZE;
+            }
+            let Ok(map) = MemoryMap::parse(&map, 40, 1) else { return Ok(()) };
+            let [region, slb, log, kernel_at, initrd, cmdline] = at.map(|at| 2 * MIB * (at + 1));
+            let inputs = Inputs {
+                slb: Some(range(slb, 0x1_0000)),
+                region: range(region, 8 * MIB),
+                dma_area: range(region + 4 * MIB, 4 * MIB),
+                log: range(log, 0x1_0000),
+                kernel: range(kernel_at, MIB),
+                initrd: Some(range(initrd, 0x1234)),
+                cmdline: Some(range(cmdline, 7)),
+                ..inputs()
+            };
+            let Ok(layout) = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, smm.then_some(MIB), 3) else { return Ok(()) };
+            let window = range(window, 0x4000);
+            let Ok(space) = memory::describe(&inputs, &map, &layout, [window].into_iter(), &[], 40) else { return Ok(()) };
+            let of_nobody = [inputs.region, inputs.slb.unwrap(), inputs.launch_page, window, TPM_CLOSED];
+            let of_firmware: Vec<_> =
+                map.runtime().map(|r| r.range).chain([layout.sandbox]).chain(layout.staging).collect();
+            for view in [View::Guest, View::Sandbox, View::Device] {
+                for run in space.runs(view) {
+                    prop_assert!(!of_nobody.iter().any(|r| r.overlaps(&run.range)), "{:?} reaches {}", view, run.range);
+                    let firmwares = of_firmware.iter().any(|r| r.overlaps(&run.range));
+                    prop_assert!(view == View::Sandbox || !firmwares, "{:?} reaches {}", view, run.range);
+                    let guests = layout.map.ram().any(|r| r.overlaps(&run.range));
+                    prop_assert!(view != View::Sandbox || !guests, "the sandbox reaches {}", run.range);
+                    prop_assert!(view != View::Device || guests, "devices reach {}", run.range);
+                }
+            }
+            for own in [layout.placement.room, layout.boot, layout.thunks, layout.tables] {
+                prop_assert!(space.permits(View::Guest, own, Rights::READ | Rights::WRITE), "{}", own);
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 use hv::addr::PhysRange;
 use hv::io::PhysMem;
+use hv::radix::{AMD_VI, PageSize, Rights, Tables};
+use hv::space::{AddressSpace, Hole, Kind, View};
 use proptest::prelude::*;
 
 use super::defs::{Dte, dte, reg};
@@ -7,7 +9,7 @@ use super::{AmdVi, DmaArea, Error, Interrupts, Root, area, deny_all, event};
 use crate::Platform;
 use crate::fault::{Access, Drained, Fault, Reason};
 use crate::ivrs::Ivrs;
-use crate::model::{Defect, Machine, Table, Window};
+use crate::model::{Defect, Machine, Pages, Table, Window};
 
 const REGION: u64 = 0x4000_0000;
 const REGION_SIZE: u64 = 16 << 20;
@@ -545,6 +547,45 @@ proptest! {
                 assert_closed(&machine);
             }
             Err(error) => prop_assert!(matches!(error, Error::Tampered { .. }), "{}", error),
+        }
+    }
+
+    /// What devices reach through the IOMMU is what the description of memory gives them, whatever the layout, and with pages
+    /// of whatever size.
+    #[test]
+    fn devices_reach_what_the_space_gives_them(
+        claims in prop::collection::vec((0u64..0x10_0000, 1u64..0x4000, any::<bool>()), 0..12),
+        largest in prop::sample::select(vec![PageSize::Size4K, PageSize::Size2M, PageSize::Size1G]),
+    ) {
+        let machine = one_unit();
+        let mut all = launch(&machine).unwrap();
+        let mut space = AddressSpace::new(39, region(), None).unwrap();
+        for window in all.windows() {
+            space.assign(window, Kind::Closed(Hole::IommuRegisters)).unwrap();
+        }
+        let mut edges = vec![0, REGION, REGION + REGION_SIZE, BASE];
+        for (page, pages, ram) in claims {
+            let kind = if ram { Kind::Ram } else { Kind::FirmwareData };
+            // Small pages for gigabytes would take tables of as many megabytes.
+            let pages = if largest == PageSize::Size4K { pages & 0x3ff | 1 } else { pages };
+            let range = PhysRange::new(page << 12, pages << 12).unwrap();
+            if space.assign(range, kind).is_ok() {
+                edges.extend([range.start(), range.last() + 1]);
+            }
+        }
+        let mut pool = Pages::new(&machine, REGION + 0x10_0000, false);
+        let tables = Tables::new(&AMD_VI, 4, largest, &mut pool).unwrap();
+        space.map_view(View::Device, &tables, &mut pool).unwrap();
+        all.open_guest(&machine, Root { table: tables.root(), levels: 4 }, Interrupts::Ordinary).unwrap();
+        for edge in edges {
+            for address in [edge.saturating_sub(1), edge] {
+                if (0xfee0_0000..0xfef0_0000).contains(&address) {
+                    continue;
+                }
+                let page = PhysRange::new(address, 1).unwrap();
+                let permits = space.permits(View::Device, page, Rights::READ | Rights::WRITE);
+                prop_assert_eq!(machine.dma_read(ATTACKER, address), permits, "{:#x}", address);
+            }
         }
     }
 }

@@ -19,9 +19,12 @@ use std::collections::HashMap;
 use std::ops::{Range, RangeInclusive};
 use std::rc::Rc;
 
+use hv::addr::PhysRange;
 use hv::io::{Clock, Mmio, PhysMem, PortIo};
+use hv::radix::TablePool;
 
 use crate::Platform;
+use crate::vt_d::WriteBack;
 
 /// First address that is no memory.
 pub const RAM_TOP: u64 = 1 << 32;
@@ -569,6 +572,43 @@ impl crate::vt_d::WriteBack for Machine {
         for line in range.start() / 64..=range.last() / 64 {
             cached.remove(&line);
         }
+    }
+}
+
+/// Pages of the machine's memory for tables.
+pub struct Pages<'a> {
+    machine: &'a Machine,
+    /// The first that was not handed out.
+    pub next: u64,
+    /// Whether IOMMUs see what is written at once: [`WriteBack`].
+    pub writes_back: bool,
+}
+
+impl<'a> Pages<'a> {
+    pub fn new(machine: &'a Machine, first: u64, writes_back: bool) -> Self {
+        Self { machine, next: first, writes_back }
+    }
+
+    fn put(&self, at: u64, bytes: &[u8]) -> bool {
+        let done = PhysMem::write(self.machine, at, bytes);
+        if self.writes_back {
+            self.machine.write_back(PhysRange::new(at, bytes.len() as u64).unwrap());
+        }
+        done
+    }
+}
+
+impl TablePool for Pages<'_> {
+    fn alloc(&mut self) -> Option<u64> {
+        let page = self.next;
+        self.next += PAGE;
+        self.put(page, &[0; PAGE as usize]).then_some(page)
+    }
+    fn read(&self, table: u64, index: usize) -> u64 {
+        self.machine.peek64(table + 8 * index as u64)
+    }
+    fn write(&mut self, table: u64, index: usize, entry: u64) {
+        self.put(table + 8 * index as u64, &entry.to_le_bytes());
     }
 }
 

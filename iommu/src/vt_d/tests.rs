@@ -2,8 +2,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use hv::addr::PhysRange;
-use hv::io::PhysMem;
-use hv::radix::{AMD_VI, MemoryType, PageSize, Rights, TablePool, Tables, VT_D};
+use hv::radix::{AMD_VI, MemoryType, PageSize, Rights, Tables, VT_D};
 use hv::space::{AddressSpace, Kind, View};
 use proptest::prelude::*;
 
@@ -13,7 +12,7 @@ use super::*;
 use crate::fault::{Access, Drained, Fault, Reason};
 use crate::model::dmar::{Table, scope};
 use crate::model::vt_d::{Defect, Features, Unit as Model};
-use crate::model::{Machine, Window};
+use crate::model::{Machine, Pages, Window};
 
 const REGION: u64 = 0x4000_0000;
 const REGION_SIZE: u64 = 16 << 20;
@@ -102,39 +101,9 @@ fn remappable(index: u64) -> u64 {
     0xfee0_0010 | (index & 0x7fff) << 5 | (index >> 15) << 2
 }
 
-/// Pages for tables in the machine's memory, in the MLE region.
-struct Pages<'a> {
-    machine: &'a Machine,
-    next: u64,
-    writes_back: bool,
-}
-
-impl<'a> Pages<'a> {
-    fn new(machine: &'a Machine) -> Self {
-        Self { machine, next: REGION + 0x10_0000, writes_back: true }
-    }
-}
-
-impl TablePool for Pages<'_> {
-    fn alloc(&mut self) -> Option<u64> {
-        let page = self.next;
-        self.next += PAGE_SIZE;
-        self.machine.write(page, &[0; PAGE_SIZE as usize]);
-        if self.writes_back {
-            self.machine.write_back(PhysRange::new(page, PAGE_SIZE).unwrap());
-        }
-        Some(page)
-    }
-    fn read(&self, table: u64, index: usize) -> u64 {
-        self.machine.peek64(table + 8 * index as u64)
-    }
-    fn write(&mut self, table: u64, index: usize, entry: u64) {
-        let at = table + 8 * index as u64;
-        PhysMem::write(self.machine, at, &entry.to_le_bytes());
-        if self.writes_back {
-            self.machine.write_back(PhysRange::new(at, 8).unwrap());
-        }
-    }
+/// Pages of the MLE region.
+fn pages(machine: &Machine) -> Pages<'_> {
+    Pages::new(machine, REGION + 0x10_0000, true)
 }
 
 /// Tables that map 4 MiB at [`GUEST`].
@@ -147,7 +116,7 @@ fn guest_tables(all: &VtD<Window>, pool: &mut Pages<'_>) -> Tables {
 
 fn open<'a>(machine: &'a Machine, interrupts: Interrupts) -> Result<(VtD<Window>, Tables, Pages<'a>), Error> {
     let mut all = launch(machine)?;
-    let mut pool = Pages::new(machine);
+    let mut pool = pages(machine);
     let tables = guest_tables(&all, &mut pool);
     all.open_guest(machine, &tables, &pool, &[region()], interrupts)?;
     Ok((all, tables, pool))
@@ -291,7 +260,7 @@ fn regions_stay_on_until_the_guests_tables_are_in_force() {
         unit.status |= 1 << 31;
     });
 
-    let mut pool = Pages::new(&machine);
+    let mut pool = pages(&machine);
     let tables = guest_tables(&all, &mut pool);
     // Tables that lead to closed memory: refused, and nothing changes.
     let bad = all.new_tables(39, &mut pool).unwrap();
@@ -341,7 +310,7 @@ fn the_guest_has_its_memory_and_no_more() {
 fn tables_that_units_can_not_use_are_refused() {
     let machine = with(Features { large: 1, ..Features::full() });
     let mut all = launch(&machine).unwrap();
-    let mut pool = Pages::new(&machine);
+    let mut pool = pages(&machine);
     let mut refused = |tables: &Tables, pool: &Pages<'_>| {
         all.open_guest(&machine, tables, pool, &[region()], Interrupts::Granted).unwrap_err()
     };
@@ -374,7 +343,7 @@ fn the_fewest_levels_that_do_are_chosen() {
     ] {
         let machine = with(Features { depths, ..Features::full() });
         let all = launch(&machine).unwrap();
-        let tables = all.new_tables(bits, &mut Pages::new(&machine)).ok();
+        let tables = all.new_tables(bits, &mut pages(&machine)).ok();
         assert_eq!(tables.map(|tables| tables.levels()), levels, "{depths:#b} {bits}");
     }
 }
@@ -893,7 +862,7 @@ proptest! {
                 edges.extend([range.start(), range.last() + 1]);
             }
         }
-        let mut pool = Pages::new(&machine);
+        let mut pool = pages(&machine);
         let tables = all.new_tables(39, &mut pool).unwrap();
         space.map_view(View::Device, &tables, &mut pool).unwrap();
         all.open_guest(&machine, &tables, &pool, &[region()], Interrupts::Granted).unwrap();

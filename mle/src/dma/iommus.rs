@@ -244,12 +244,10 @@ impl<W: Mmio> Iommus<W> {
 
 #[cfg(test)]
 mod tests {
-    use hv::addr::PAGE_SIZE;
-    use hv::io::PhysMem;
     use hv::radix::{MemoryType, Rights};
     use iommu::fault::Access;
     use iommu::model::vt_d::{Defect, Features, Unit};
-    use iommu::model::{Machine, Table, Window, dmar};
+    use iommu::model::{Machine, Pages, Table, Window, dmar};
 
     use super::*;
 
@@ -259,23 +257,6 @@ mod tests {
     const AMD: u64 = 0xfeb8_0000;
     const DEVICE: u16 = 0x0310;
     const SMI: [u8; 4] = 0x0200_u32.to_le_bytes();
-
-    /// Pages of the MLE region in the model's memory, which does not see them before they are written back.
-    struct Pages<'a>(&'a Machine, u64);
-
-    impl TablePool for Pages<'_> {
-        fn alloc(&mut self) -> Option<u64> {
-            let page = self.1;
-            self.1 += PAGE_SIZE;
-            PhysMem::write(self.0, page, &[0; PAGE_SIZE as usize]).then_some(page)
-        }
-        fn read(&self, table: u64, index: usize) -> u64 {
-            self.0.peek64(table + 8 * index as u64)
-        }
-        fn write(&mut self, table: u64, index: usize, entry: u64) {
-            PhysMem::write(self.0, table + 8 * index as u64, &entry.to_le_bytes());
-        }
-    }
 
     fn area() -> DmaArea {
         DmaArea::at_top_of(&REGION).unwrap()
@@ -291,10 +272,11 @@ mod tests {
         assert!(!machine.dma_write(DEVICE, GUEST.start(), &[1]));
 
         let from = REGION.start() + (1 << 20);
-        let mut pool = Pages(machine, from);
+        // The model does not see what is written before it is written back.
+        let mut pool = Pages::new(machine, from, false);
         let tables = iommus.new_tables(1 << 32, &mut pool).unwrap();
         tables.map_identity(&mut pool, GUEST, Rights::READ | Rights::WRITE, MemoryType::WriteBack).unwrap();
-        let pages = PhysRange::from_last(from, pool.1 - 1);
+        let pages = PhysRange::from_last(from, pool.next - 1);
         let left = iommus.open_guest(machine, (&tables, &pool), pages, listed, &[REGION]).unwrap();
         assert!(machine.dma_write(DEVICE, GUEST.start(), &[1]));
         for address in [REGION.start(), area().range().start(), GUEST.last() + 1, from] {
