@@ -41,6 +41,8 @@ pub enum Refusal {
     Ivrs(ivrs::Error),
     /// The table of IOMMUs names none.
     NoIommu,
+    /// An IOMMU serves devices of this PCI segment: the SLB stage sees the first one only.
+    Segment(u16),
     /// No TPM answers; the first register's value.
     NoTpm(u32),
     /// The TPM has an interface of an unknown type.
@@ -74,6 +76,9 @@ impl fmt::Display for Refusal {
             Self::Iommu(error) => write!(f, "IOMMU: {error}; is it enabled in the firmware's set-up?"),
             Self::Ivrs(error) => write!(f, "IOMMU: {error}"),
             Self::NoIommu => write!(f, "IOMMU: the IVRS names none"),
+            Self::Segment(segment) => {
+                write!(f, "IOMMU: the IVRS names one on PCI segment {segment}, limit 0")
+            }
             Self::NoTpm(value) => {
                 write!(f, "TPM: none at {:#x} (first register reads {value:#x})", tpm::BASE)
             }
@@ -112,7 +117,7 @@ const IVRS_MAX: usize = 4096;
 /// Longest TPM2 table accepted, bytes.
 const TPM2_MAX: usize = 256;
 
-/// Checks that there is an AMD IOMMU. `rsdp` is the ACPI root pointer's address.
+/// Checks that there is an AMD IOMMU, and none that the launch would refuse. `rsdp` is the ACPI root pointer's address.
 pub fn check_iommu(mem: &impl PhysMem, rsdp: u64) -> Result<(), Refusal> {
     let mut table = [0; IVRS_MAX];
     let length = acpi::copy_table(mem, rsdp, *b"IVRS", &mut table).map_err(Refusal::Iommu)?;
@@ -120,7 +125,8 @@ pub fn check_iommu(mem: &impl PhysMem, rsdp: u64) -> Result<(), Refusal> {
     if ivrs.units().next().is_none() {
         return Err(Refusal::NoIommu);
     }
-    Ok(())
+    let elsewhere = ivrs.units().map(|unit| unit.segment()).find(|segment| *segment != 0);
+    elsewhere.map_or(Ok(()), |segment| Err(Refusal::Segment(segment)))
 }
 
 /// Checks that there is a TPM 2.0. `tcg2`: whether the firmware offers the TCG2 protocol.
@@ -267,6 +273,10 @@ mod tests {
         assert_eq!(check(core::slice::from_ref(&iommu), &FakeTpm::crb(), true), Ok(Interface::Crb));
         assert_eq!(check(&[tpm2], &tis, true), Err(Refusal::Iommu(acpi::Error::Missing(*b"IVRS"))));
         assert_eq!(check(&[table(b"IVRS", &ivrs(0))], &tis, true), Err(Refusal::NoIommu));
+        let mut second = ivrs(2);
+        let segment = second.len() - 8;
+        second[segment] = 3;
+        assert_eq!(check(&[table(b"IVRS", &second)], &tis, true), Err(Refusal::Segment(3)));
         assert!(matches!(check(&[table(b"IVRS", &[7; 40])], &tis, true), Err(Refusal::Ivrs(_))));
         assert_eq!(check(&[iommu], &tis, false), Err(Refusal::NotTpm2(acpi::Error::Missing(*b"TPM2"))));
         assert_eq!(check(&both, &FakeTpm::absent(), true), Err(Refusal::NoTpm(u32::MAX)));
