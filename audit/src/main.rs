@@ -6,6 +6,7 @@ mod report;
 mod show;
 mod source;
 mod text;
+mod txt;
 mod values;
 mod verify;
 

@@ -14,6 +14,7 @@ use tpm::log::EV_NO_ACTION;
 
 use crate::exposures::{Exposures, Sum, milliseconds, sums};
 use crate::text::printable_lines;
+use crate::txt;
 use crate::values::name;
 use crate::verify::{self, Evidence, Outcome, Sources, Verdict};
 
@@ -119,17 +120,21 @@ fn launch(page: &mut String, outcome: &Outcome<'_>) {
         "<section><h2>Launch</h2><p>What was measured, in this order. Digests are {}.</p><ol class=steps>",
         name(shown)
     );
+    let by_sinit = outcome.events.iter().any(|event| txt::name(event.event_type).is_some());
     for event in &outcome.events {
-        let by = match (event.pcr, event.data) {
-            (PCR_CODE, b"SKINIT") => "CPU",
-            (PCR_CODE, _) | (PCR_CONFIG, b"SLRT policy") => "SLB stage",
+        let sinits = txt::name(event.event_type);
+        let by = match (&sinits, event.pcr, event.data) {
+            (Some(_), ..) => "SENTER and SINIT",
+            (None, PCR_CODE, b"SKINIT") => "CPU",
+            (None, PCR_CODE, _) => "SLB stage",
+            (None, PCR_CONFIG, b"SLRT policy") if !by_sinit => "SLB stage",
             _ => "MLE",
         };
         let logged = if event.event_type == EV_NO_ACTION { ", logged only" } else { "" };
         put!(
             page,
             "<li><b>{}</b><span class=by>PCR {} by {by}{logged}</span><code>{}</code></li>",
-            Escaped(verify::text(event.data)),
+            Escaped(sinits.unwrap_or_else(|| verify::text(event.data))),
             event.pcr,
             event.digests.get(shown).map(Digest::to_string).unwrap_or_default(),
         );
@@ -145,7 +150,7 @@ fn registers(page: &mut String, outcome: &Outcome<'_>) {
     );
     for ((alg, pcr), value) in &outcome.replayed {
         let of = match *pcr {
-            PCR_CODE => "SLB, MLE",
+            PCR_CODE => "SLB or SINIT, MLE",
             PCR_CONFIG => "configuration, kernel",
             PCR_FIRMWARE => "firmware",
             PCR_EXPOSURE => "exposure",

@@ -10,6 +10,7 @@ use tpm::{Digest, Event, HashAlg, Log};
 
 use crate::exposures::Exposures;
 use crate::source::{self, DRTM_LOG, EXPOSURE, Efivars};
+use crate::txt;
 use crate::values::{self, ALGS, BY_HAND, Value, alg, name};
 
 /// Longest event data shown, in characters.
@@ -208,16 +209,16 @@ impl Outcome<'_> {
 }
 
 fn print_events(events: &[Event<'_>], shown: HashAlg) {
-    println!("{:>8}  PCR  {:<12}  {:<SHOWN$}  {} digest", "offset", "type", "event", name(shown));
+    println!("{:>8}  PCR  {:<20}  {:<SHOWN$}  {} digest", "offset", "type", "event", name(shown));
     for event in events {
         let kind = match event.event_type {
             EV_SLAUNCH => "EV_SLAUNCH".to_owned(),
             EV_NO_ACTION => "EV_NO_ACTION".to_owned(),
-            other => format!("{other:#x}"),
+            other => txt::name(other).unwrap_or_else(|| format!("{other:#x}")),
         };
         let digest = event.digests.get(shown).map(Digest::to_string).unwrap_or_default();
         println!(
-            "{:#8x}  {:>3}  {kind:<12}  {:<SHOWN$}  {digest}",
+            "{:#8x}  {:>3}  {kind:<20}  {:<SHOWN$}  {digest}",
             event.offset,
             event.pcr,
             text(event.data)

@@ -80,6 +80,32 @@ impl Files {
         cordon(&all.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
+    /// Puts a SINIT module, and an MLE with the header by which SINIT finds it: `sinit`, `mle-txt`.
+    fn put_txt(&self) {
+        let word = |value: u32| value.to_le_bytes();
+        let mut module = vec![0; 0x600];
+        let mut put = |at: usize, bytes: &[u8]| module[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &[2, 0, 0, 0, 161, 0, 0, 0]);
+        put(16, &word(0x8086));
+        put(24, &word(0x600 / 4));
+        put(120, &[64, 0, 0, 0, 143, 0, 0, 0]);
+        put(128, &[b'K'; 256]);
+        put(388, &[b'S'; 256]);
+        let info = (161 + 143) * 4;
+        put(info, &hex::decode("aa3ac07fa746db182eac698f8d417f5a").unwrap());
+        put(info + 16, &[1, 5, 48, 0]);
+        put(info + 20, &word(0x500));
+        put(info + 24, &[7, 0, 0, 0, 1, 0, 2, 0, 0x2e, 2, 0, 0]);
+        put(info + 40, &word(0x540));
+        self.put("sinit", &module);
+        let mut mle = self.get("mle");
+        mle[12..16].copy_from_slice(&word(0x100));
+        let mut header = hex::decode("5aac82906f47a7740f5c55a2cb51b642").unwrap();
+        header.extend([52, 0x2_0002, 0x100, 0, 0, 0x3000, 0x227, 0, 0].into_iter().flat_map(word));
+        mle[0x800..0x800 + header.len()].copy_from_slice(&header);
+        self.put("mle-txt", &mle);
+    }
+
     /// The log that SLB stage and MLE write of that launch.
     fn log(&self, algs: &[HashAlg]) -> Vec<u8> {
         let banks: Banks = algs.iter().map(|alg| Bank::computed(*alg).unwrap()).collect();
@@ -133,7 +159,49 @@ fn predict_gives_the_values_computed_elsewhere() {
         assert!(section.contains(&format!("\n  {pcr}: 0x{value}\n")), "{bank} {pcr} in\n{out}");
     }
     assert!(out.contains(SHA384_18));
-    assert!(out.contains(&format!("# PCR 18 SLRT policy    {POLICY_SHA256}")), "{out}");
+    assert!(out.contains(&format!("# PCR 18 SLRT policy          {POLICY_SHA256}")), "{out}");
+}
+
+#[test]
+fn predict_gives_what_senter_and_sinit_extend() {
+    let files = Files::new("senter");
+    files.put_txt();
+    let predict = |more: &[&str]| {
+        let mut all = vec!["predict".to_owned(), "--cmdline".to_owned(), "console=ttyS0 quiet".to_owned()];
+        for (option, file) in [
+            ("--sinit", "sinit"),
+            ("--mle", "mle-txt"),
+            ("--kernel", "kernel"),
+            ("--initrd", "initrd-1"),
+            ("--initrd", "initrd-2"),
+            ("--config", "config"),
+        ] {
+            all.extend([option.to_owned(), files.path(file)]);
+        }
+        all.extend(more.iter().map(|more| (*more).to_owned()));
+        cordon(&all.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let (good, out, error) = predict(&["--bank", "sha256", "--bank", "sha1"]);
+    assert!(good, "{error}");
+    for value in [
+        "17: 0x5eb2f69e0c94c5db28c0e144aabfb790efdfc3cea1396434b4128c4783c62152",
+        "18: 0x96f7e5c71092c8729d43c8ac409ee8c1bba4dc6f0cf1bf4871f0b86623dc2202",
+        "17: 0xf0781e121b97672f1693b58375eb70b20f76ce59",
+        "18: 0x0fce8da6bfc998d3f4cbfb0a9a3746fd64d813f6",
+        "# PCR 17 MLE_HASH ",
+    ] {
+        assert!(out.contains(value), "{value} in\n{out}");
+    }
+    let of_platform = "000102030405060708090a0b0c0d0e0f10111213";
+    let (good, out, error) = predict(&["--biosac", of_platform, "--scrtm", "1", "--lcp-control", "2"]);
+    assert!(good, "{error}");
+    assert!(out.contains("17: 0xc91710d215fdb80ced74a4ccd62631ffab2d4f758bd970d6987a81e79d8ccd31"), "{out}");
+    assert!(out.contains("18: 0x5202cbcfd651af856933c414f08a8c6e7b02a38b609c70a59169ab36ede65332"), "{out}");
+    // Either what SKINIT starts or what SENTER does.
+    assert!(!predict(&["--slb", &files.path("slb")]).0);
+    files.put("sinit", b"no module");
+    let (good, _, error) = predict(&[]);
+    assert!(!good && error.contains("header ends at 0x80, the module at 0x9"), "{error}");
 }
 
 #[test]
@@ -173,7 +241,7 @@ fn predict_refuses_what_the_loader_refuses() {
     let (good, _, error) = files.predict(&[]);
     assert!(!good);
     assert!(error.contains("slb: not a Cordon SLB"), "{error}");
-    let (good, _, error) = cordon(&["predict", "--slb", "/nowhere", "--mle", "x", "--kernel", "y"]);
+    let (good, _, error) = cordon(&["predict", "--slb", "x", "--mle", "/nowhere", "--kernel", "y"]);
     assert!(!good && error.contains("cannot read /nowhere"), "{error}");
 }
 
@@ -201,7 +269,7 @@ fn verify_agrees_with_every_source_of_values() {
     }
     let (good, out, _) = cordon(&["verify", &log]);
     assert!(good && out.contains("no PCR values were given"));
-    assert!(out.contains("EV_SLAUNCH    SLRT policy"), "{out}");
+    assert!(out.contains("EV_SLAUNCH            SLRT policy"), "{out}");
     assert!(out.contains(POLICY_SHA256));
 }
 

@@ -6,6 +6,8 @@
 
 use std::arch::global_asm;
 
+use sha2::{Digest, Sha256};
+
 use super::layout::{CHIPSET, MLE_JOIN, PRIVATE};
 
 // Entered in 64-bit mode, at page 1 of the module, identity mapped, all memory writable; parameters in page 2.
@@ -231,6 +233,13 @@ pub fn module() -> Vec<u8> {
     put(TPMS + 4, &[2, 0, 4, 0, 0x0b, 0]);
     put(CODE as usize, code());
     file
+}
+
+/// SHA-256 of what a module's signature covers: without key, exponent, signature and scratch area.
+///
+/// Spec: \[SDM2\] "Authenticated Code Module Format", RSASig.
+pub fn digest(module: &[u8]) -> Vec<u8> {
+    Sha256::digest([&module[..128], &module[INFO..]].concat()).to_vec()
 }
 
 /// What the code needs to know, as its parameters' page begins.

@@ -2,7 +2,7 @@
 //!
 //! Spec: \[TXT\] "Measured Launch", "TXT Heap Memory", "TPM 2.0 PCR Usage"; offsets of heap tables count from behind their size word.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use sha1::Sha1;
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
@@ -170,7 +170,7 @@ pub fn launch(
     let mle = step!(Mle::check(machine, &heap, memory, protected[0]));
 
     // The CPU's part for the TPM, at locality 4: digest of the module, then SENTER's parameters.
-    let start = [Sha256::digest(&module).to_vec(), (senter.edx as u32).to_le_bytes().to_vec()].concat();
+    let start = [acm::digest(&module), (senter.edx as u32).to_le_bytes().to_vec()].concat();
     control.drtm_hash(&start)?;
     let banks = banks(active);
     let mut record = Record { banks: &banks, log: Vec::new(), pcrs: Vec::new() };
@@ -484,6 +484,31 @@ pub fn spoil(machine: &mut impl Target, fault: Fault) -> Result<()> {
         Fault::PmrUncovering => machine.write(heap.os_sinit + 40, &PMR_UNIT.to_le_bytes()),
         Fault::StaleError | Fault::DmarChanged | Fault::RlpMissing => Ok(()),
     }
+}
+
+/// Changes the DMAR in ACPI's memory, as a device could: its unit's registers seem to be elsewhere. SINIT has its copy by then.
+pub fn change_dmar(machine: &mut impl Target) -> Result<()> {
+    /// Where the entries of an XSDT begin, and the structures of a DMAR.
+    const ENTRIES: u64 = 36;
+    const STRUCTURES: u64 = 48;
+    /// Where a unit's structure has the base of its registers.
+    const REGISTERS: u64 = 8;
+    let Ok(heap) = Heap::find(machine)? else { return Ok(()) };
+    let rsdp = machine.read64(heap.os_sinit + 84)?;
+    let xsdt = machine.read64(rsdp + 24)?;
+    let length = u64::from(machine.read32(xsdt + 4)?);
+    for entry in (ENTRIES..length).step_by(8) {
+        let table = machine.read64(xsdt + entry)?;
+        if machine.read(table, 4)? == b"DMAR" {
+            let base = table + STRUCTURES + REGISTERS;
+            let elsewhere = machine.read64(base)? + PAGE;
+            machine.write(base, &elsewhere.to_le_bytes())?;
+            // The sum over the table stays.
+            let sum = machine.read(table + 9, 1)?[0];
+            return machine.write(table + 9, &[sum.wrapping_sub((PAGE >> 8) as u8)]);
+        }
+    }
+    bail!("no DMAR")
 }
 
 #[cfg(test)]

@@ -198,6 +198,30 @@ impl<'a> Sinit<'a> {
         Ok(Self { module: file, header, info })
     }
 
+    /// What the signature covers, and so what GETSEC\[SENTER\] hashes for PCR 17: the header's fixed part, and all behind the
+    /// scratch area. Key, signature and scratch area are left out.
+    ///
+    /// Spec: \[SDM2\] "Authenticated Code Module Format", RSASig.
+    pub fn signed(&self) -> [&'a [u8]; 2] {
+        let from =
+            dwords(self.header.header_len.get()).saturating_add(dwords(self.header.scratch_size.get()));
+        let body = usize::try_from(from).ok().and_then(|from| self.module.get(from..));
+        // `parse` read a header and an information table there.
+        [self.module.get(..size_of::<Header>()).unwrap_or_default(), body.unwrap_or_default()]
+    }
+
+    /// The key's modulus, as the file has it.
+    ///
+    /// # Errors
+    /// The module ends before it.
+    pub fn key(&self) -> Result<&'a [u8], Error> {
+        let start = size_of::<Header>() as u64;
+        let end = start.saturating_add(dwords(self.header.key_size.get()));
+        let range = usize::try_from(start).ok().zip(usize::try_from(end).ok());
+        let key = range.and_then(|(start, end)| self.module.get(start..end));
+        key.ok_or(Error::Short { what: "RSAPubKey", end, size: self.module.len() as u64 })
+    }
+
     /// Capabilities, as the MLE header and OsSinitData count them.
     pub fn capabilities(&self) -> u32 {
         self.info.capabilities.get()
@@ -321,6 +345,8 @@ mod tests {
             sinit.check(&Platform { fms: 0x3_0652, ..HERE }),
             Err(Error::Processor(0x3_0652, 1 << 50))
         );
+        assert_eq!(sinit.signed().map(<[u8]>::len), [128, 0x600 - (161 + 143) * 4]);
+        assert_eq!(sinit.key().unwrap().len(), 256);
         let mut debug = module();
         debug[15] = 0x80;
         let sinit = Sinit::parse(&debug).unwrap();
@@ -357,7 +383,7 @@ mod tests {
                 m[at] = value;
             }
             if let Ok(sinit) = Sinit::parse(&m[..cut]) {
-                let _ = sinit.check(&HERE);
+                let _ = (sinit.check(&HERE), sinit.signed(), sinit.key());
             }
         }
     }
