@@ -416,3 +416,35 @@ proptest! {
         }
     }
 }
+
+/// The fuzz target's input for what a machine leaves: see `mle/fuzz`.
+fn fuzz_input(left: &Left) -> Vec<u8> {
+    let slrt = left.slrt();
+    [(slrt.len() as u16).to_le_bytes().as_slice(), &slrt, &left.heap()].concat()
+}
+
+fn corpus() -> [(&'static str, Left); 3] {
+    [
+        ("monitor", right()),
+        ("getsec", Left { flags: FLAG_REGIONS_OPTIONAL, capabilities: 1, ..right() }),
+        ("table-too-long", Left { size_error: [0, 0, 8, 0], ..right() }),
+    ]
+}
+
+#[test]
+fn the_fuzz_target_begins_with_what_is_taken() {
+    for (name, left) in corpus() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/heap").join(name);
+        assert_eq!(std::fs::read(path).unwrap(), fuzz_input(&left), "{name}: write it again, see below");
+    }
+}
+
+/// Writes the corpus: `cargo test -p mle -- --ignored the_corpus`.
+#[test]
+#[ignore = "writes files of the repository"]
+fn the_corpus_is_written() {
+    for (name, left) in corpus() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus/heap").join(name);
+        std::fs::write(path, fuzz_input(&left)).unwrap();
+    }
+}
