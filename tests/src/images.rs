@@ -9,6 +9,7 @@ use flate2::Compression;
 use sha2::{Digest, Sha256};
 
 use crate::machine::Board;
+use crate::senter::acm;
 use crate::{initrd, paths};
 
 /// Debian's compiler has no `core` for these targets built; it has the source.
@@ -104,6 +105,7 @@ pub fn build_for(board: Board) -> Result<()> {
         Board::Amd => build_initrd(),
         Board::Intel => {
             build_all(&PLATFORM)?;
+            initrd::write_whole(&paths::sinit(), &acm::module())?;
             // Unpacking takes an interpreter longer than reading does.
             let to = paths::cloud_initrd();
             build_initrd_of(&paths::cloud_modules(), &paths::cloud_kernel(), Compression::none(), &to)

@@ -17,6 +17,7 @@ pub mod initrd;
 pub mod machine;
 pub mod microcode;
 pub mod paths;
+pub mod predict;
 pub mod probe;
 pub mod pty;
 pub mod qemu;

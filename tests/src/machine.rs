@@ -209,9 +209,7 @@ impl Spec {
             items.push(file(first, paths::loader()));
             items.push(match launch {
                 Launch::Skinit => file("cordon/slb.bin", self.slb.clone()),
-                Launch::Senter => {
-                    Item { path: "cordon/sinit.bin", source: Source::Bytes(senter::acm::module()) }
-                }
+                Launch::Senter => file("cordon/sinit.bin", paths::sinit()),
             });
             items.push(file("cordon/mle.bin", self.mle.clone()));
             items.extend(self.config.iter().map(|path| file("cordon/cordon.conf", path.clone())));

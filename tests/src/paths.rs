@@ -73,6 +73,11 @@ pub fn senter() -> PathBuf {
     build().join("senter.efi")
 }
 
+/// The bench's own SINIT module.
+pub fn sinit() -> PathBuf {
+    build().join("sinit.bin")
+}
+
 /// Firmware's implant, for tests.
 pub fn hostile() -> PathBuf {
     build().join("hostile.efi")

@@ -160,28 +160,11 @@ mod drtm {
 
 mod cordon {
     use super::*;
-    use std::process::Command;
-    use tests::paths;
+    use tests::predict;
 
-    /// PCR values that `cordon predict` gives for the files and the command line of `spec`.
     fn predicted(spec: &Spec) -> serde_json::Value {
         images::build_initrd().unwrap();
-        let output = Command::new(env!("CARGO"))
-            .args(["run", "--quiet", "-p", "audit", "--bin", "cordon", "--", "predict", "--json", "--slb"])
-            .arg(&spec.slb)
-            .arg("--mle")
-            .arg(&spec.mle)
-            .arg("--kernel")
-            .arg(&spec.kernel)
-            .arg("--initrd")
-            .arg(&spec.initrd)
-            .args(["--cmdline", &spec.full_cmdline()])
-            .current_dir(paths::root())
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let mut all: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-        all["banks"]["sha256"]["pcrs"].take()
+        predict::pcrs(spec).unwrap()
     }
 
     fn pcr(machine: &mut Machine, number: u32) -> String {

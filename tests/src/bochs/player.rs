@@ -280,6 +280,9 @@ impl Player {
         machine.set_register("rip", at::SINIT_BASE + acm::CODE)?;
         let number = machine.break_at(launch.entry)?;
         self.points.push((number, launch.entry));
+        if self.part.fault == Some(Fault::DmarChanged) {
+            sinit::change_dmar(machine)?;
+        }
         self.say(&format!("SINIT runs, to enter the MLE at {:#x}", launch.entry));
         self.watch.lock().launch = Some(launch);
         Ok(true)
