@@ -35,6 +35,11 @@ pub const MSRS_MAX: usize = 16;
 pub const UNLOCK_PCR: RangeInclusive<u32> = 18..=22;
 /// `unlock.pcr` when the file does not say: the exposure log's.
 pub const UNLOCK_PCR_DEFAULT: u32 = 22;
+/// PCRs that may count the launches of policy `relaunch`: those that only a reset of the TPM resets, and that are an operating
+/// system's to extend.
+pub const RELAUNCH_PCR: RangeInclusive<u32> = 8..=15;
+/// The one when the file names none.
+pub const RELAUNCH_PCR_DEFAULT: u32 = 8;
 
 /// Accepted values of `capsule.room-mib`.
 pub const CAPSULE_MIB: RangeInclusive<u32> = 1..=256;
@@ -116,6 +121,8 @@ pub struct Config {
     pub guest_smi: bool,
     /// `unlock.pcr`: the PCR that shows what was unlocked.
     pub unlock_pcr: u32,
+    /// `relaunch.pcr`: the PCR that counts the launches of policy `relaunch`. None of those that a DRTM event resets.
+    pub relaunch_pcr: u32,
     /// `capsule.room-mib`: MiB of RAM kept from the guest to stage capsules in, while a service takes any.
     pub capsule_mib: u32,
 }
@@ -129,6 +136,7 @@ impl Default for Config {
             smm: SmmPolicy::default(),
             guest_smi: false,
             unlock_pcr: UNLOCK_PCR_DEFAULT,
+            relaunch_pcr: RELAUNCH_PCR_DEFAULT,
             capsule_mib: CAPSULE_MIB_DEFAULT,
         }
     }
@@ -308,6 +316,7 @@ impl Config {
             }
             "capsule.room-mib" => self.capsule_mib = line.number("a number of MiB", CAPSULE_MIB)?,
             "unlock.pcr" => self.unlock_pcr = line.number("a PCR", UNLOCK_PCR)?,
+            "relaunch.pcr" => self.relaunch_pcr = line.number("a PCR", RELAUNCH_PCR)?,
             _ => {
                 if let Some(name) = key.strip_prefix("service.") {
                     return self.service(line, name, seen);
@@ -368,7 +377,7 @@ impl Config {
 }
 
 /// Keys that may be set once.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 11] = [
     "log",
     "sandbox.budget-ms",
     "sandbox.budget-exits",
@@ -379,6 +388,7 @@ const KEYS: [&str; 10] = [
     "smm.guest",
     "capsule.room-mib",
     "unlock.pcr",
+    "relaunch.pcr",
 ];
 const LEVELS: [(&str, LevelFilter); 5] = [
     ("error", LevelFilter::Error),
@@ -427,10 +437,11 @@ impl<'a> Line<'a> {
         // SetVirtualAddressMap is answered by the MLE, and no guest gets far without it; so is ResetSystem. Only writes
         // can wait.
         let expected = match service {
-            Service::SetVariable => "sandbox, locked, deferred, native or deny",
+            Service::SetVariable => "sandbox, locked, deferred, native, relaunch or deny",
             Service::SetVirtualAddressMap => "sandbox or deny",
             Service::ResetSystem => "sandbox, locked or deny",
-            _ if service.supported() => "sandbox, locked, native or deny",
+            _ if service.takes_capsules() => "sandbox, locked, native or deny",
+            _ if service.supported() => "sandbox, locked, native, relaunch or deny",
             _ => "deny",
         };
         match value {
@@ -439,6 +450,7 @@ impl<'a> Line<'a> {
             "locked" if service.supported() && service != Service::SetVirtualAddressMap => Ok(Policy::Locked),
             "deferred" if service == Service::SetVariable => Ok(Policy::Deferred),
             "native" if service.runs_firmware() => Ok(Policy::Native),
+            "relaunch" if service.runs_firmware() && !service.takes_capsules() => Ok(Policy::Relaunch),
             "sandbox" | "locked" | "deferred" | "native" | "relaunch" => {
                 Err(ConfigErrorKind::NotSupportedYet { key, value, expected })
             }
@@ -515,11 +527,18 @@ mod tests {
             assert!(taken.unwrap_or(true));
         }
         assert!(!Config::default().policies.any(Policy::Native));
-        let refused = message("service.SetVariable = relaunch");
-        assert!(
-            refused.ends_with("this version takes sandbox, locked, deferred, native or deny"),
-            "{refused}"
-        );
+    }
+
+    #[test]
+    fn relaunch_is_for_services_whose_arguments_the_gate_copies() {
+        for service in Service::ALL {
+            let file = format!("service.{} = relaunch", service.name());
+            let taken = Config::parse(file.as_bytes()).map(|c| c.policies.any(Policy::Relaunch));
+            assert_eq!(taken.is_ok(), service.runs_firmware() && !service.takes_capsules(), "{file}");
+            assert!(taken.unwrap_or(true));
+        }
+        assert_eq!(Config::parse(b"relaunch.pcr = 15").unwrap().relaunch_pcr, 15);
+        assert_eq!(Config::default().relaunch_pcr, 8);
     }
 
     #[test]
@@ -573,7 +592,7 @@ mod tests {
             (
                 "service.SetTime = deferred",
                 "configuration line 1: service.SetTime = deferred: not supported yet; \
-                 this version takes sandbox, locked, native or deny",
+                 this version takes sandbox, locked, native, relaunch or deny",
             ),
             (
                 "service.ConvertPointer = sandbox",
@@ -590,6 +609,7 @@ mod tests {
                 "sandbox.port.0x10000 = byte",
                 "configuration line 1: \"sandbox.port.0x10000\": expected a port 0x0 to 0xffff, or first-last",
             ),
+            ("relaunch.pcr = 16", "configuration line 1: relaunch.pcr = 16: limit 8 to 15"),
             ("unlock.pcr = 17", "configuration line 1: unlock.pcr = 17: limit 18 to 22"),
             ("sandbox.msr.0x1b = write", "configuration line 1: sandbox.msr.0x1b = \"write\": expected read"),
             ("service.Nothing = deny", "configuration line 1: unknown key \"service.Nothing\""),

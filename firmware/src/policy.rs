@@ -21,6 +21,8 @@ pub enum Policy {
     Deferred,
     /// Firmware is trusted with this call: it reaches what the guest's kernel does, and its own memory.
     Native,
+    /// Firmware is called between two launches: the guest waits in memory that is verified before it goes on.
+    Relaunch,
     /// EFI_UNSUPPORTED, and the service's bit is clear in EFI_RT_PROPERTIES_TABLE. For single variables:
     /// EFI_SECURITY_VIOLATION.
     Deny,
@@ -34,6 +36,7 @@ impl Policy {
             Self::Locked => "locked",
             Self::Deferred => "deferred",
             Self::Native => "native",
+            Self::Relaunch => "relaunch",
             Self::Deny => "deny",
         }
     }

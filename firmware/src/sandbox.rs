@@ -143,6 +143,8 @@ pub enum Place {
     Sandbox,
     /// With what the guest's kernel has, too.
     Native,
+    /// With all, on the bare machine, between two launches: not here.
+    Gap,
 }
 
 impl Place {
@@ -151,6 +153,7 @@ impl Place {
         match self {
             Self::Sandbox => Decision::SANDBOX,
             Self::Native => Decision::NATIVE,
+            Self::Gap => Decision::RELAUNCH,
         }
     }
 }

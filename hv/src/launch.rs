@@ -54,7 +54,7 @@ pub struct MleHeader {
 /// [`MleHeader::magic`].
 pub const MLE_MAGIC: [u8; 8] = *b"CORDNMLE";
 /// [`MleHeader::version`]: counts changes of [`CordonEntry`] and [`Handoff`] too.
-pub const MLE_VERSION: u32 = 2;
+pub const MLE_VERSION: u32 = 3;
 /// Alignment of the MLE region and of its size, so that nested tables leave it out with few small pages.
 pub const MLE_REGION_ALIGN: u64 = 2 << 20;
 /// Smallest and largest region accepted.
@@ -73,6 +73,9 @@ pub const FLAG_LOCALITY0_ALLOWED: u32 = 1;
 /// [`CordonEntry::flags`]: after SENTER, go on with VT-d units that have no protected memory regions, so that devices could
 /// write everywhere until the MLE's tables were in force (emulators; the exposure log says so).
 pub const FLAG_REGIONS_OPTIONAL: u32 = 2;
+
+/// [`CordonEntry::flags`]: this is no first launch. What goes on lies in [`CordonEntry::relaunch`], and there is no kernel.
+pub const FLAG_RESUME: u32 = 4;
 
 /// A piece of memory in an SLRT entry: address and length in bytes; an absent piece has length 0.
 #[derive(
@@ -121,6 +124,22 @@ pub struct CordonEntry {
     pub launch_page: U64,
     /// Linux's `screen_info` for the guest (all zeros: no screen).
     pub screen_info: [u8; 64],
+    /// Memory for launches under policy `relaunch`, of [`relaunch_size`], with the MLE's file at [`RELAUNCH_MLE`]. May be
+    /// absent. Placed like the MLE region.
+    pub relaunch: Blob,
+}
+
+/// Where in [`CordonEntry::relaunch`], past two regions' sizes, the loader puts the MLE's file.
+pub const RELAUNCH_MLE: u64 = 0x8_0000;
+/// Longest MLE file there.
+pub const RELAUNCH_MLE_MAX: u64 = 0x8_0000;
+/// What else has its place there, past two regions' sizes.
+const RELAUNCH_REST: u64 = 4 << 20;
+
+/// Bytes of [`CordonEntry::relaunch`] for an MLE region of `region_size` bytes: the region of the next launch, a copy of the present
+/// one's, and what both launches hand over.
+pub const fn relaunch_size(region_size: u64) -> u64 {
+    region_size.saturating_mul(2).saturating_add(RELAUNCH_REST)
 }
 
 /// Bytes at [`CordonEntry::launch_page`].

@@ -146,8 +146,7 @@ pub fn plan(
         inputs.of_launch().map(|range| CarveOut { range, usage: Use::Reserved }).collect();
     let free = firmware_map.guest(&reserved)?;
     let mut taken = heapless::Vec::<PhysRange, 12>::new();
-    for range in [Some(inputs.kernel), inputs.initrd, inputs.cmdline, inputs.config, Some(inputs.memory_map)]
-    {
+    for range in [inputs.kernel, inputs.initrd, inputs.cmdline, inputs.config, Some(inputs.memory_map)] {
         // Five of twelve places, the rest below.
         let _ = range.map(|r| taken.push(r.page_outward()));
     }
@@ -217,8 +216,10 @@ pub fn write<P: TablePool>(
     let map = take(MAP_AREA);
     let cmdline = take(0);
 
-    let from = inputs.kernel.start().saturating_add(layout.placement.file_offset);
-    copy_to(mem, from, layout.placement.room.start(), layout.placement.file_len)?;
+    if let Some(file) = inputs.kernel {
+        let from = file.start().saturating_add(layout.placement.file_offset);
+        copy_to(mem, from, layout.placement.room.start(), layout.placement.file_len)?;
+    }
     let mut cmdline_len = 0;
     if let Some(source) = inputs.cmdline {
         cmdline_len = source.len();
@@ -379,7 +380,9 @@ mod tests {
             launch_page: range(0x9_0000, 0x2000),
             log: range(41 * MIB, 0x1_0000),
             mle_sha256: [0; 32],
-            kernel: range(52 * MIB, MIB),
+            kernel: Some(range(52 * MIB, MIB)),
+            relaunch: None,
+            resume: false,
             initrd: Some(range(54 * MIB, 0x1234)),
             cmdline: Some(range(55 * MIB, 7)),
             config: None,
@@ -442,7 +445,7 @@ mod tests {
             inputs.slb.unwrap(),
             inputs.region,
             inputs.log,
-            inputs.kernel,
+            inputs.kernel.unwrap(),
             inputs.initrd.unwrap(),
             inputs.cmdline.unwrap(),
             layout.sandbox,
@@ -501,7 +504,7 @@ mod tests {
                 region: range(region, 8 * MIB),
                 dma_area: range(region + 4 * MIB, 4 * MIB),
                 log: range(log, 0x1_0000),
-                kernel: range(kernel_at, MIB),
+                kernel: Some(range(kernel_at, MIB)),
                 initrd: Some(range(initrd, 0x1234)),
                 cmdline: Some(range(cmdline, 7)),
                 ..inputs()
@@ -533,7 +536,7 @@ mod tests {
         let (inputs, map, kernel) = (inputs(), map(), kernel());
         let ram = Ram::new(RAM);
         ram.write(inputs.cmdline.unwrap().start(), b"quiet x");
-        ram.write(inputs.kernel.start() + 5 * 512, b"first byte of the protected-mode code");
+        ram.write(inputs.kernel.unwrap().start() + 5 * 512, b"first byte of the protected-mode code");
         let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE, Some(MIB), 3).unwrap();
         let start = write(&layout, &inputs, &kernel, &ram, |area| Pool(&ram, area.start())).unwrap();
         let mut code = [0; 5];

@@ -201,6 +201,21 @@ impl Cpu {
     }
 }
 
+/// Sets XCR0 to a value that the guest had there, or may have: `exits` compares it with CPUID.
+pub fn set_xcr0(value: u64) {
+    const CR4_OSXSAVE: u64 = 1 << 18;
+    // SAFETY: the CPU has XSAVE, as its guest executed XSETBV, and takes this value.
+    unsafe {
+        let cr4 = x86::controlregs::cr4().bits() as u64;
+        core::arch::asm!(
+            "mov cr4, {with}", "xsetbv", "mov cr4, {cr4}",
+            with = in(reg) cr4 | CR4_OSXSAVE, cr4 = in(reg) cr4,
+            in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
+            options(nostack)
+        );
+    }
+}
+
 /// CPUID.
 pub fn native_cpuid(leaf: u32, subleaf: u32) -> Leaf {
     let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
@@ -226,17 +241,7 @@ impl Hardware for Cpu {
         unsafe { core::arch::asm!("wbinvd", options(nostack)) }
     }
     fn set_xcr0(&self, value: u64) {
-        const CR4_OSXSAVE: u64 = 1 << 18;
-        // SAFETY: the CPU has XSAVE, as its guest executed XSETBV, and takes this value: `exits` compared it with CPUID.
-        unsafe {
-            let cr4 = x86::controlregs::cr4().bits() as u64;
-            core::arch::asm!(
-                "mov cr4, {with}", "xsetbv", "mov cr4, {cr4}",
-                with = in(reg) cr4 | CR4_OSXSAVE, cr4 = in(reg) cr4,
-                in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
-                options(nostack)
-            );
-        }
+        set_xcr0(value);
     }
     fn efer_bits(&self) -> u64 {
         self.efer_bits

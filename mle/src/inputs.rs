@@ -5,12 +5,14 @@ use core::fmt;
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::launch::{
-    Blob, CordonEntry, DMA_AREA_SIZE, HANDOFF_MAGIC, Handoff, LAUNCH_PAGE_SIZE, MLE_VERSION, SLB_SIZE,
-    policy_difference,
+    Blob, CordonEntry, DMA_AREA_SIZE, FLAG_RESUME, HANDOFF_MAGIC, Handoff, LAUNCH_PAGE_SIZE, MLE_REGION_MAX,
+    MLE_VERSION, SLB_SIZE, policy_difference, relaunch_size,
 };
 use hv::slrt::{self, Slrt, SlrtError};
 use iommu::vt_d::Protection;
 use vmx::txt::regs;
+
+use crate::relaunch::Block;
 
 /// Longest configuration file, in bytes.
 pub const MAX_CONFIG: u64 = 0x1_0000;
@@ -115,8 +117,8 @@ pub struct Inputs {
     pub log: PhysRange,
     /// SHA-256 of this image's file, as the SLB stage measured it.
     pub mle_sha256: [u8; 32],
-    /// Kernel file.
-    pub kernel: PhysRange,
+    /// Kernel file; none when a guest is there that goes on.
+    pub kernel: Option<PhysRange>,
     /// Initrds, if any.
     pub initrd: Option<PhysRange>,
     /// Command line, if any.
@@ -133,6 +135,10 @@ pub struct Inputs {
     pub acpi_rsdp: u64,
     /// Linux's `screen_info`.
     pub screen_info: [u8; 64],
+    /// Memory for policy `relaunch`.
+    pub relaunch: Option<Block>,
+    /// A guest is there that goes on: this is no first launch.
+    pub resume: bool,
     /// The TPM has no locality 2, and the configuration allows that.
     pub tpm_degraded: bool,
     /// Ticks of the TSC per millisecond.
@@ -217,6 +223,14 @@ pub fn read(
     if entry.version.get() != MLE_VERSION {
         return Err(InputError::Version(entry.version.get()));
     }
+    let resume = entry.flags.get() & FLAG_RESUME != 0;
+    let relaunch = optional("memory for relaunch", entry.relaunch, relaunch_size(MLE_REGION_MAX))?;
+    let relaunch = relaunch.map(|range| Block::new(range, region)).transpose()?;
+    let at_start = |block: &Block| block.fresh == region;
+    if resume && !relaunch.as_ref().is_some_and(at_start) {
+        let Blob { base, size } = entry.relaunch;
+        return Err(InputError::Place { what: "memory for relaunch", base: base.get(), size: size.get() });
+    }
     let inputs = Inputs {
         slb,
         txt,
@@ -225,7 +239,7 @@ pub fn read(
         launch_page: place("launch page", entry.launch_page.get(), LAUNCH_PAGE_SIZE)?,
         log: place("event log", handoff.log_base, handoff.log_size)?,
         mle_sha256: handoff.mle_sha256,
-        kernel: needed("kernel", entry.kernel, MAX_FILE)?,
+        kernel: if resume { None } else { Some(needed("kernel", entry.kernel, MAX_FILE)?) },
         initrd: optional("initrd", entry.initrd, MAX_FILE)?,
         cmdline: optional("command line", entry.cmdline, MAX_CMDLINE)?,
         config: optional("configuration", entry.config, MAX_CONFIG)?,
@@ -234,6 +248,8 @@ pub fn read(
         efi_system_table: entry.efi_system_table.get(),
         acpi_rsdp: entry.acpi_rsdp.get(),
         screen_info: entry.screen_info,
+        relaunch,
+        resume,
         tpm_degraded: handoff.tpm_degraded != 0,
         tsc_khz: handoff.tsc_khz,
     };
@@ -254,7 +270,8 @@ impl Inputs {
     pub fn of_launch(&self) -> impl Iterator<Item = PhysRange> + use<> {
         let tables = self.txt.map(|txt| txt.page_tables);
         let always = [self.region, self.launch_page, self.log];
-        self.slb.into_iter().chain(tables).chain(always)
+        let relaunch = self.relaunch.map(|block| block.whole);
+        self.slb.into_iter().chain(tables).chain(always).chain(relaunch)
     }
 
     /// Memory that the guest must not get as RAM, or that is read later: nothing of it may share a byte.
@@ -267,7 +284,9 @@ impl Inputs {
             ("MLE region", Some(self.region)),
             ("launch page", Some(self.launch_page)),
             ("event log", Some(self.log)),
-            ("kernel", Some(self.kernel)),
+            // When a guest goes on, region and memory map are parts of it.
+            ("memory for relaunch", self.relaunch.filter(|_| !self.resume).map(|block| block.whole)),
+            ("kernel", self.kernel),
             ("initrd", self.initrd),
             ("command line", self.cmdline),
             ("configuration", self.config),
@@ -427,7 +446,7 @@ mod tests {
                 e.as_mut_bytes().copy_from_slice(&bytes);
                 (e.hdr, e.version) = (hdr, version);
             }) {
-                proptest::prop_assert!(!i.kernel.overlaps(&i.region));
+                proptest::prop_assert!(!i.kernel.is_some_and(|k| k.overlaps(&i.region)));
             }
         }
     }

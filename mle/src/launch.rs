@@ -11,7 +11,7 @@ use firmware::config::{Config, ConfigError};
 use firmware::exposure::{Kind, Record, Text};
 use firmware::linux::{HEADER_BYTES, Kernel, LinuxError};
 use firmware::measure;
-use firmware::memmap::{MapError, MemoryMap};
+use firmware::memmap::{MapError, MemoryMap, MemoryType};
 use firmware::policy::Policy;
 use firmware::smm::facts::Facts;
 use firmware::tables::{FirmwareTables, TablesError};
@@ -41,6 +41,7 @@ use crate::memory::{self, ApicPage, MemoryError};
 use crate::metal::{Identity, Msrs, PhysWindow, Ports, TscClock};
 use crate::platform::Machine;
 use crate::pool::PagePool;
+use crate::relaunch::{self, CpuState, Plan, PlanError, Waiting};
 use crate::sandbox::{self, SandboxError};
 use crate::services::{self, STATUS_MAX};
 use crate::slb::space::MSR_MMIO_CONFIG;
@@ -91,6 +92,10 @@ pub enum LaunchError<'a> {
     Linux(LinuxError),
     /// Guest set-up.
     Boot(BootError),
+    /// Policy `relaunch` cannot be had.
+    Plan(PlanError),
+    /// The guest that waited does not go on.
+    Relaunch(relaunch::Error),
     /// PCI functions that are to be guarded.
     Pci(pci::TooMany),
     /// A measurement.
@@ -127,6 +132,8 @@ impl fmt::Display for LaunchError<'_> {
             Self::Config(e) => write!(f, "configuration: {e}"),
             Self::Linux(e) => write!(f, "{e}"),
             Self::Boot(e) => write!(f, "{e}"),
+            Self::Plan(e) => write!(f, "{e}"),
+            Self::Relaunch(e) => write!(f, "{e}"),
             Self::Pci(e) => write!(f, "{e}"),
             Self::Measure(e) => write!(f, "{e}"),
             Self::Acpi(e) => write!(f, "{e}"),
@@ -158,6 +165,8 @@ from_error! {
     MapError => Map;
     LinuxError => Linux;
     BootError => Boot;
+    PlanError => Plan;
+    relaunch::Error => Relaunch;
     pci::TooMany => Pci;
     MeasureError => Measure;
     iommu::acpi::Error => Acpi;
@@ -252,7 +261,7 @@ fn launch<'a>(
     let log_at = pool.pages(log_pages).ok_or(LaunchError::OutOfMemory("the event log"))?;
     let log_size = usize::try_from(inputs.log.len()).unwrap_or(0);
     // SAFETY: fresh pages of the pool, as many as the log has, used as the log alone.
-    let log: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(log_at as *mut u8, log_size) };
+    let log: &'static mut [u8] = unsafe { core::slice::from_raw_parts_mut(log_at as *mut u8, log_size) };
     // SAFETY: the TPM's pages are mapped uncached; the MLE drives it alone until the guest runs.
     let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
     // SAFETY: `paging::activate` made SSE usable, and measurements end before anything changes that.
@@ -267,12 +276,20 @@ fn launch<'a>(
     if let Some(range) = inputs.config {
         mem.read(range.start(), config);
     }
-    measurer.data(PCR_CONFIG, event::CONFIG, config)?;
-    let config = Config::parse(config).map_err(LaunchError::Config)?;
-    log::set_max_level(config.log);
-    measurer.memory(PCR_CONFIG, event::KERNEL, Some(inputs.kernel), &mem)?;
-    measurer.memory(PCR_CONFIG, event::INITRD, inputs.initrd, &mem)?;
-    measurer.memory(PCR_CONFIG, event::CMDLINE, inputs.cmdline, &mem)?;
+    let waiting = match inputs.relaunch.filter(|_| inputs.resume) {
+        Some(block) => {
+            let waiting = Waiting::read(block, mem, sha256)?;
+            waiting.measure(&mut measurer, &mut pool)?;
+            Some(waiting)
+        }
+        None => {
+            measurer.data(PCR_CONFIG, event::CONFIG, config)?;
+            measurer.memory(PCR_CONFIG, event::KERNEL, inputs.kernel, &mem)?;
+            measurer.memory(PCR_CONFIG, event::INITRD, inputs.initrd, &mem)?;
+            measurer.memory(PCR_CONFIG, event::CMDLINE, inputs.cmdline, &mem)?;
+            None
+        }
+    };
     let acpi = acpi::Tables::read(&mem, inputs.acpi_rsdp)?;
     for item in measure::items(&map, Some(&acpi))? {
         measurer.memory(PCR_FIRMWARE, &item.name(), Some(item.range), &mem)?;
@@ -282,11 +299,18 @@ fn launch<'a>(
     let smm = smi::facts(&msrs, &ports, &mem, inputs.acpi_rsdp);
     measurer.data(PCR_FIRMWARE, event::SMM, &smm.measured())?;
     info!("configuration, kernel, initrd, command line, firmware and SMM facts measured");
+    if let Some(waiting) = waiting {
+        let (used, mut tpm) = measurer.finish();
+        match waiting.go_on(&mut tpm, log.get(..used).unwrap_or_default(), (&own, &mut pool))? {}
+    }
+    let config = Config::parse(config).map_err(LaunchError::Config)?;
+    log::set_max_level(config.log);
 
     // The guest's memory.
     let mut head = [0; HEADER_BYTES];
-    mem.read(inputs.kernel.start(), &mut head);
-    let kernel = Kernel::parse(&head, inputs.kernel.len())?;
+    let file = inputs.kernel.ok_or(InputError::Size { what: "kernel", size: 0, limit: inputs::MAX_FILE })?;
+    mem.read(file.start(), &mut head);
+    let kernel = Kernel::parse(&head, file.len())?;
     let guarded = pci::find(&ports)?;
     let (sandbox_size, capsules) = (services::SANDBOX_SIZE, config.capsule_room());
     let layout = boot::plan(&inputs, &map, &kernel, sandbox_size, capsules, guarded.len())?;
@@ -299,6 +323,11 @@ fn launch<'a>(
         let _ = ecam.push(window);
     }
     map.check_runtime(&FIXED_DEVICES)?;
+    // What the guest runs and reads: its memory, and tables of firmware's and ours.
+    let acpi_tables = map.regions().iter().filter(|r| r.ty == MemoryType::ACPI_RECLAIM).map(|r| r.range);
+    let parts = [Some(layout.thunks), Some(layout.tables), layout.config_space];
+    let guests: heapless::Vec<PhysRange, 128> =
+        layout.map.ram().chain(acpi_tables).chain(parts.into_iter().flatten()).collect();
     let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
     let tables_from = pool.mark();
     let nested = Tables::new(features.vendor.nested_format(), 4, features.largest_nested, &mut pool)?;
@@ -392,7 +421,23 @@ fn launch<'a>(
     smi::guard(mem);
     smp::start(setups, inputs.launch_page, &own, &mut pool, &local, &clock)?;
 
-    let log = log.get(..log_used).unwrap_or_default();
+    let relaunch = config.policies.any(Policy::Relaunch);
+    let mut plan = match inputs.slb.filter(|_| relaunch) {
+        Some(slb) => {
+            let code = image.rodata.saturating_sub(image.start);
+            let pcr = config.relaunch_pcr;
+            Some(Plan::new(
+                &inputs,
+                guests.iter().copied(),
+                code,
+                &measured_slb(&slb, &mem)?,
+                pcr,
+                relaunch::Means { mem, ram_end, clock, sha256, pool: &mut pool },
+            )?)
+        }
+        None if relaunch => return Err(PlanError::NoSkinit.into()),
+        None => None,
+    };
     let sandboxed = sandbox::set_up(
         &mut pool,
         sandbox::Input {
@@ -411,7 +456,8 @@ fn launch<'a>(
             space,
             mem,
             clock,
-            log,
+            log: (log, log_used),
+            relaunches: plan.is_some() && cpus == 1,
             status: status(&inputs, &cpu, cpus, &smm),
         },
     )?;
@@ -467,6 +513,25 @@ fn launch<'a>(
     logger::guest_has_the_port();
     loop {
         run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0);
+        let Some(plan) = &mut plan else { continue };
+        services::relaunch(&mut cpu, |cpu, call, log| -> Result<_, LaunchError<'_>> {
+            let state = CpuState::save(&msrs);
+            let masters = stop_bus_masters(&ports);
+            let round = plan.round(call, log);
+            if round.is_ok() {
+                // SAFETY: as at the launch: another one has had this CPU, and came back to these page tables.
+                let loaded = unsafe { Loaded::new(memory, true) };
+                // SAFETY: the same.
+                *cpu = unsafe { loaded.enable(features.vendor) }?.0;
+                let mut iommus = Iommus::take_again(&machine, listed, area, &closed)?;
+                iommus.open_guest(&machine, (&device, &pool), pages, listed, &closed)?;
+                dma::keep_again(iommus);
+            }
+            start_bus_masters(&ports, &masters);
+            state.restore(&msrs);
+            Ok(round)
+        })?;
+        vcpu.flush_nested();
     }
 }
 
@@ -482,19 +547,37 @@ fn measured_slb(slb: &PhysRange, mem: &impl PhysMem) -> Result<PhysRange, InputE
 /// Clears Bus Master Enable of all PCI functions but bridges and IOMMUs.
 ///
 /// Spec: \[PCI\] "Command Register", bit 2.
-fn stop_bus_masters(ports: &Ports) {
-    const COMMAND: u8 = 4;
-    const BUS_MASTER: u32 = 1 << 2;
+///
+/// Gives the ids of those where it was set; of more than there is room for it stays cleared.
+fn stop_bus_masters(ports: &Ports) -> heapless::Vec<u16, 64> {
     const BRIDGE: u16 = 0x06;
     const IOMMU: u16 = 0x0806;
+    let mut stopped = heapless::Vec::new();
     for function in iommu::pci::functions(ports) {
         if function.class() >> 8 != BRIDGE && function.class() != IOMMU {
-            // The upper half is the status register, whose bits are cleared by ones.
-            let command = function.read(COMMAND) & 0xffff;
+            let command = function.read(COMMAND) & COMMAND_BITS;
             function.write(COMMAND, command & !BUS_MASTER);
+            if command & BUS_MASTER != 0 {
+                let _ = stopped.push(function.id);
+            }
         }
     }
+    stopped
 }
+
+/// Sets Bus Master Enable again.
+fn start_bus_masters(ports: &Ports, stopped: &[u16]) {
+    for id in stopped {
+        let function = Function::new(ports, *id);
+        let command = function.read(COMMAND) & COMMAND_BITS;
+        function.write(COMMAND, command | BUS_MASTER);
+    }
+}
+
+const COMMAND: u8 = 4;
+/// The upper half is the status register, whose bits are cleared by ones.
+const COMMAND_BITS: u32 = 0xffff;
+const BUS_MASTER: u32 = 1 << 2;
 
 /// What is in force, for the guest to read.
 fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize, smm: &Facts) -> heapless::String<STATUS_MAX> {

@@ -7,7 +7,7 @@ use hv::addr::PhysRange;
 use hv::io::PhysMem;
 use hv::launch::{EV_SLAUNCH, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE, POLICY, event};
 use tpm::log::EV_NO_ACTION;
-use tpm::{BankHasher, Contention, Digests, Locality, Log, LogWriter, Sha256Blocks, Tpm};
+use tpm::{BankHasher, Contention, Digests, Event, Locality, Log, LogWriter, Sha256Blocks, Tpm};
 
 use zerocopy::IntoBytes;
 
@@ -130,6 +130,12 @@ impl<'a> Measurer<'a> {
     pub fn data(&mut self, pcr: u32, name: &str, data: &[u8]) -> Result<(), MeasureError> {
         let digests = self.tpm.digests_of(data);
         self.digests(pcr, name, &digests)
+    }
+
+    /// Measures what an event of another launch's log says.
+    pub fn repeat(&mut self, event: &Event<'_>) -> Result<(), MeasureError> {
+        let Event { pcr, event_type, digests, data, .. } = event;
+        Ok(self.tpm.measure(&mut self.log, *pcr, *event_type, data, digests)?)
     }
 
     fn digests(&mut self, pcr: u32, name: &str, digests: &Digests) -> Result<(), MeasureError> {

@@ -97,6 +97,9 @@ pub fn describe(
     for range in [Some(layout.sandbox), layout.staging].into_iter().flatten() {
         space.assign(range, Kind::CallBuffer)?;
     }
+    if let Some(block) = &inputs.relaunch {
+        space.assign(block.whole, Kind::Closed(Hole::Mle))?;
+    }
     for range in layout.map.ram() {
         space.assign(range, Kind::Ram)?;
     }

@@ -51,9 +51,14 @@ pub fn build(
 /// Tables for a virtual machine's own use, at its addresses: the first 4 GiB one to one with all rights, in 2 MiB pages;
 /// the nested tables decide what is behind. Gives the root. Six pages.
 pub fn open_identity<P: TablePool>(pool: &mut P) -> Result<u64, Error> {
+    open_to(pool, FOUR_GIB, PageSize::Size2M)
+}
+
+/// The same for memory below `end`, in pages of at most `largest`.
+pub fn open_to<P: TablePool>(pool: &mut P, end: u64, largest: PageSize) -> Result<u64, Error> {
     // The nested format is the long-mode format with the user bit, which does not matter to code at CPL 0.
-    let tables = Tables::new(&NPT, 4, PageSize::Size2M, pool)?;
-    if let Some(all) = PhysRange::from_last(0, FOUR_GIB.saturating_sub(1)) {
+    let tables = Tables::new(&NPT, 4, largest, pool)?;
+    if let Some(all) = PhysRange::from_last(0, end.saturating_sub(1)) {
         tables.map_identity(pool, all, Rights::all(), MemoryType::WriteBack)?;
     }
     Ok(tables.root())

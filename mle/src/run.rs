@@ -103,7 +103,7 @@ pub fn write_refusals(out: &mut impl Write) {
     }
 }
 
-/// Runs the guest on this CPU until it sends INIT to it. For the first CPU there is no such end.
+/// Runs the guest on this CPU until it sends INIT to it; on the first CPU, until the launch has to be done again for a firmware call.
 pub fn guest(
     cpu: &mut Cpu,
     vcpu: &mut Vcpu<'_>,
@@ -175,6 +175,7 @@ pub fn guest(
             Next::Firmware => match services::call(cpu, vcpu, local, ports) {
                 services::Next::Resume => {}
                 // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
+                services::Next::Relaunch => return,
                 services::Next::Reset(kind) => {
                     fatal::end_by_guest(ports, format_args!("ResetSystem, {kind:?}"))
                 }

@@ -110,6 +110,13 @@ impl Watch {
         }
     }
 
+    /// Firmware ran where it is not watched: all of its code is looked at again before it runs.
+    pub fn distrust(&mut self) {
+        for leaf in &self.leaves {
+            let _ = leaf.set(DATA);
+        }
+    }
+
     /// Answers a fault of the sandbox in a call of `service` by CPU `cpu`. True when the access may be made now; what the CPU
     /// has cached of the tables is to be flushed first.
     pub fn fault(

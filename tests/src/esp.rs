@@ -31,22 +31,39 @@ pub enum Source {
 /// The Boot Loader Specification entry that the loader reads.
 ///
 /// Spec: Boot Loader Specification, "Type #1 Boot Loader Specification Entries"; the `cordon-` keys are ours.
-pub fn entry(cmdline: &str, with_config: bool, launch: Launch, locality0: bool) -> String {
-    let mut text = format!(
-        "title Cordon\nlinux /vmlinuz\ninitrd /initrd.img\noptions {cmdline}\ncordon-mle /cordon/mle.bin\n"
-    );
-    if with_config {
-        text.push_str("cordon-config /cordon/cordon.conf\n");
+pub struct Entry<'a> {
+    /// Kernel command line.
+    pub cmdline: &'a str,
+    /// Whether there is a configuration file.
+    pub config: bool,
+    /// How the machine launches.
+    pub launch: Launch,
+    /// Whether a TPM without locality 2 will do.
+    pub locality0: bool,
+    /// Whether memory is kept for policy `relaunch`.
+    pub relaunch: bool,
+}
+
+impl Entry<'_> {
+    /// The file.
+    pub fn text(&self) -> String {
+        let mut text = format!(
+            "title Cordon\nlinux /vmlinuz\ninitrd /initrd.img\noptions {}\ncordon-mle /cordon/mle.bin\n",
+            self.cmdline
+        );
+        text.push_str(match self.launch {
+            // The emulated CPU does not report SKINIT: the bench plays it.
+            Launch::Skinit => "cordon-slb /cordon/slb.bin\ncordon-skinit insist\n",
+            Launch::Senter => "cordon-launch senter\ncordon-sinit /cordon/sinit.bin\n",
+        });
+        let optional = [
+            (self.config, "cordon-config /cordon/cordon.conf\n"),
+            (self.locality0, "cordon-locality0 allow\n"),
+            (self.relaunch, "cordon-relaunch allow\n"),
+        ];
+        text.extend(optional.iter().filter(|(wanted, _)| *wanted).map(|(_, line)| *line));
+        text
     }
-    text.push_str(match launch {
-        // The emulated CPU does not report SKINIT: the bench plays it.
-        Launch::Skinit => "cordon-slb /cordon/slb.bin\ncordon-skinit insist\n",
-        Launch::Senter => "cordon-launch senter\ncordon-sinit /cordon/sinit.bin\n",
-    });
-    if locality0 {
-        text.push_str("cordon-locality0 allow\n");
-    }
-    text
 }
 
 /// How a machine launches.

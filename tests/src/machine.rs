@@ -106,6 +106,8 @@ pub struct Spec {
     pub variables: Option<PathBuf>,
     /// Where the console leads.
     pub console: Console,
+    /// Whether memory is kept for policy `relaunch`, and the bench ready to play more than one SKINIT.
+    pub relaunch: bool,
     /// What the machine's CPU does wrong at SKINIT.
     pub fault: Option<Fault>,
     /// What goes wrong around SENTER.
@@ -139,6 +141,7 @@ impl Default for Spec {
             variables: None,
             config: None,
             console: Console::Log,
+            relaunch: false,
             fault: None,
             senter_fault: None,
             reboot: false,
@@ -204,7 +207,14 @@ impl Spec {
                 Board::Amd => (Launch::Skinit, self.tpm == Tpm::Crb),
                 Board::Intel => (Launch::Senter, false),
             };
-            let entry = esp::entry(&self.full_cmdline(), self.config.is_some(), launch, locality0);
+            let entry = esp::Entry {
+                cmdline: &self.full_cmdline(),
+                config: self.config.is_some(),
+                launch,
+                locality0,
+                relaunch: self.relaunch,
+            };
+            let entry = entry.text();
             items.push(text("loader/entries/cordon.conf", entry));
             items.push(file(first, paths::loader()));
             items.push(match launch {
@@ -250,7 +260,7 @@ impl Machine {
                 match spec.boot {
                     Boot::Cordon => {
                         let (gdb, log) = (dir.connect("gdb.sock")?, dir.file("drtm.log"));
-                        player = Some(Player::start(gdb, tpm.control(), spec.fault, log)?);
+                        player = Some(Player::start(gdb, tpm.control(), spec.fault, log, spec.relaunch)?);
                     }
                     Boot::Native => qemu.go()?,
                     Boot::SenterProbe => bail!("no SENTER on a machine with SVM"),

@@ -82,6 +82,9 @@ struct Run {
     /// Boot the same machine without Cordon (1) or with it (0).
     #[arg(long, env = "NATIVE", value_parser = clap::value_parser!(u8).range(0..=1), default_value_t = 0)]
     native: u8,
+    /// Keep memory for policy `relaunch` (1), and play as many SKINITs as there are.
+    #[arg(long, env = "RELAUNCH", value_parser = clap::value_parser!(u8).range(0..=1), default_value_t = 0)]
+    relaunch: u8,
     /// A CPU, TPM, board or loader that misbehaves at SKINIT or SENTER.
     #[arg(long, env = "FAULT", value_parser = parse_fault)]
     fault: Option<AnyFault>,
@@ -140,6 +143,7 @@ impl Run {
             cmdline: self.cmdline.clone(),
             config: self.config.clone(),
             console: if command.is_some() { Console::Log } else { Console::Terminal },
+            relaunch: self.relaunch == 1,
             fault: self.fault.and_then(|fault| fault.skinit),
             senter_fault: self.fault.and_then(|fault| fault.senter),
             variables: None,

@@ -2,7 +2,8 @@
 //!
 //! The player learns where SKINIT will be from write breakpoints on all pages where the loader may put its
 //! launch page (they cost nothing; execution breakpoints on all of them make the firmware five times
-//! slower), and sets an execution breakpoint on the instruction itself. There it does what the CPU does.
+//! slower), and sets an execution breakpoint on the instruction itself. There it does what the CPU does. On a machine that
+//! launches again and again it keeps the two on the launch page.
 //!
 //! Spec: \[APM2\] "Secure Startup with SKINIT".
 
@@ -80,22 +81,39 @@ impl Launch {
 #[derive(Default)]
 struct State {
     stage: Option<Stage>,
-    launch: Option<Launch>,
+    launches: Vec<Launch>,
     failure: Option<String>,
 }
 
-/// Plays the CPU's part, in a thread of its own, until the MLE runs.
+/// Plays the CPU's part, in a thread of its own, until the MLE runs or, where it launches again, to the machine's end.
 pub struct Player {
     state: Arc<Mutex<State>>,
     thread: JoinHandle<()>,
 }
 
 impl Player {
-    /// Takes a gdb connection to a machine that has not started, starts it, and waits for SKINIT.
-    pub fn start(stream: UnixStream, tpm: Control, fault: Option<Fault>, log: PathBuf) -> Result<Self> {
+    /// Takes a gdb connection to a machine that has not started, starts it, and waits for SKINIT. `relaunches`: there will
+    /// be more than one.
+    pub fn start(
+        stream: UnixStream,
+        tpm: Control,
+        fault: Option<Fault>,
+        log: PathBuf,
+        relaunches: bool,
+    ) -> Result<Self> {
         let state = Arc::new(Mutex::new(State::default()));
         let log = File::create(&log).with_context(|| log.display().to_string())?;
-        let mut part = Part { gdb: Gdb::new(stream)?, tpm, fault, log, since: Instant::now(), state };
+        let mut part = Part {
+            gdb: Gdb::new(stream)?,
+            tpm,
+            fault,
+            relaunches,
+            log,
+            since: Instant::now(),
+            state,
+            watched: Vec::new(),
+            armed: Vec::new(),
+        };
         part.watch()?;
         let state = Arc::clone(&part.state);
         let thread = thread::spawn(move || {
@@ -117,9 +135,14 @@ impl Player {
         self.thread.is_finished()
     }
 
-    /// The event, once it took place.
+    /// The last event, once it took place.
     pub fn launch(&self) -> Option<Launch> {
-        lock(&self.state).launch.clone()
+        lock(&self.state).launches.last().cloned()
+    }
+
+    /// All events so far.
+    pub fn launches(&self) -> Vec<Launch> {
+        lock(&self.state).launches.clone()
     }
 
     /// Why the event could not be played.
@@ -136,9 +159,14 @@ struct Part {
     gdb: Gdb,
     tpm: Control,
     fault: Option<Fault>,
+    relaunches: bool,
     log: File,
     since: Instant,
     state: Arc<Mutex<State>>,
+    /// Where a write of SKINIT is waited for.
+    watched: Vec<u64>,
+    /// Where SKINIT was written, and its execution is waited for.
+    armed: Vec<u64>,
 }
 
 impl Part {
@@ -148,39 +176,50 @@ impl Part {
     }
 
     fn watch(&mut self) -> Result<()> {
-        CANDIDATES.into_iter().try_for_each(|page| self.gdb.insert(Break::Write(page * PAGE + SKINIT_OFFSET)))
+        self.watched.extend(CANDIDATES.map(|page| page * PAGE + SKINIT_OFFSET));
+        self.watched.iter().try_for_each(|at| self.gdb.insert(Break::Write(*at)))
     }
 
-    /// From the machine's start to the MLE's.
+    /// From the machine's start to the last MLE's.
     fn play(mut self) -> Result<()> {
-        let Some((cpu, at)) = self.wait_for_skinit()? else { return Ok(()) };
-        let launch = self.measure(&cpu, at)?;
-        self.enter(at, &launch)?;
-        for page in CANDIDATES {
-            self.gdb.remove(Break::Write(page * PAGE + SKINIT_OFFSET))?;
-        }
-        self.gdb.remove(Break::Execute(at))?;
-        let mle = self.mle_entry(launch.base);
-        self.note(Stage::Slb, launch);
-        match mle {
-            Ok(entry) => self.follow_to_mle(entry),
-            Err(error) => {
-                self.say(&format!("not following to the MLE: {error:#}"));
-                self.gdb.detach()
+        loop {
+            let Some((cpu, at)) = self.wait_for_skinit()? else { return Ok(()) };
+            let launch = self.measure(&cpu, at)?;
+            self.enter(at, &launch)?;
+            self.leave_pages_but(self.relaunches.then_some(at))?;
+            let mle = self.mle_entry(launch.base);
+            self.note(Stage::Slb, launch);
+            match mle {
+                Ok(entry) if !self.follow_to_mle(entry)? => return Ok(()),
+                Ok(_) => {}
+                Err(error) => self.say(&format!("not following to the MLE: {error:#}")),
+            }
+            if !self.relaunches {
+                return self.gdb.detach();
             }
         }
     }
 
+    /// Waits no longer for SKINIT but, if so, at `launch`.
+    fn leave_pages_but(&mut self, launch: Option<u64>) -> Result<()> {
+        for at in self.watched.extract_if(.., |at| Some(*at) != launch) {
+            self.gdb.remove(Break::Write(at))?;
+        }
+        for at in self.armed.extract_if(.., |at| Some(*at) != launch) {
+            self.gdb.remove(Break::Execute(at))?;
+        }
+        Ok(())
+    }
+
     /// Runs the machine until a CPU is about to execute SKINIT; gives that CPU and the instruction's address.
     fn wait_for_skinit(&mut self) -> Result<Option<(String, u64)>> {
-        let mut armed = Vec::new();
         loop {
             self.gdb.resume()?;
             let Stop::Thread { name, written } = self.gdb.wait()? else { return Ok(None) };
             self.gdb.select(&name)?;
             if let Some(at) = written {
-                if !armed.contains(&at) && self.gdb.read(at, SKINIT.len())? == SKINIT {
-                    armed.push(at);
+                if !self.armed.contains(&at) && self.gdb.read(at, SKINIT.len())? == SKINIT {
+                    self.armed.push(at);
                     self.say(&format!("SKINIT written to {at:#x}"));
                     self.gdb.insert(Break::Execute(at))?;
                 }
@@ -325,28 +364,34 @@ impl Part {
         info.dlme_base.get().checked_add(info.dlme_entry.get()).context("SLRT: MLE entry point wraps")
     }
 
-    /// SL_DEV protects the SLB until then: nothing may have changed what was measured.
-    fn follow_to_mle(mut self, entry: u64) -> Result<()> {
+    /// SL_DEV protects the SLB until then: nothing may have changed what was measured. False when the machine ends first.
+    fn follow_to_mle(&mut self, entry: u64) -> Result<bool> {
         self.gdb.insert(Break::Execute(entry))?;
         self.gdb.resume()?;
-        let Stop::Thread { name, .. } = self.gdb.wait()? else { return Ok(()) };
+        let Stop::Thread { name, .. } = self.gdb.wait()? else { return Ok(false) };
         self.gdb.select(&name)?;
         let at = self.gdb.register("rip")?;
         if at != entry {
             bail!("stopped at {at:#x} on the way to the MLE at {entry:#x}");
         }
-        let Some(mut launch) = lock(&self.state).launch.clone() else { bail!("no launch to follow") };
+        let Some(mut launch) = lock(&self.state).launches.last().cloned() else {
+            bail!("no launch to follow")
+        };
         let intact = self.gdb.read(launch.base, launch.image.len())? == launch.image;
         self.say(&format!("MLE entered at {entry:#x}, SLB {}", if intact { "unchanged" } else { "CHANGED" }));
         launch.intact = Some(intact);
         self.note(Stage::Mle, launch);
-        self.gdb.detach()
+        self.gdb.remove(Break::Execute(entry))?;
+        Ok(true)
     }
 
     fn note(&mut self, stage: Stage, launch: Launch) {
         let mut state = lock(&self.state);
+        if stage != Stage::Skinit {
+            state.launches.pop();
+        }
+        state.launches.push(launch);
         state.stage = Some(stage);
-        state.launch = Some(launch);
     }
 }
 
@@ -404,9 +449,14 @@ mod tests {
 
     /// Plays to the script's end; gives the player and what the TPM was sent.
     fn play(stub: &FakeStub, fault: Option<Fault>) -> (Player, Vec<Vec<u8>>) {
+        play_on(stub, fault, false)
+    }
+
+    fn play_on(stub: &FakeStub, fault: Option<Fault>, relaunches: bool) -> (Player, Vec<Vec<u8>>) {
         let (control, requests) = fake_tpm(0);
         let log = tempfile::NamedTempFile::new().unwrap();
-        let player = Player::start(stub.connect(), control, fault, log.path().to_owned()).unwrap();
+        let player =
+            Player::start(stub.connect(), control, fault, log.path().to_owned(), relaunches).unwrap();
         for _ in 0..500 {
             if player.finished() {
                 break;
@@ -523,12 +573,53 @@ mod tests {
         machine.load(0x5000, &bytes);
         machine.load(BASE + SLB_SLRT_POINTER_OFFSET, &0x5000u64.to_le_bytes());
         machine.script.push_back(Box::new(|m| {
-            assert_eq!(m.points, [format!("1,{:x},1", MLE + 0x40)]);
+            assert_eq!(m.points.last(), Some(&format!("1,{:x},1", MLE + 0x40)));
             m.cpus[0].0.insert("rip", MLE + 0x40);
             "T05thread:01;".to_owned()
         }));
         drop(machine);
         stub
+    }
+
+    #[test]
+    fn a_machine_that_launches_again_is_measured_again() {
+        let stub = machine_with_mle();
+        let mut machine = stub.machine();
+        // Once by the SKINIT that is there, once by one that is written anew after other code at its place.
+        for written in [false, true] {
+            let mut script: Vec<crate::fake_gdb::Event> = Vec::new();
+            if written {
+                script.push(Box::new(|m| {
+                    m.load(AT, &[0x90, 0x90, 0x90]);
+                    format!("T05thread:01;watch:{AT:x};")
+                }));
+                script.push(Box::new(|m| {
+                    m.load(AT, &SKINIT);
+                    format!("T05thread:01;watch:{AT:x};")
+                }));
+            }
+            script.push(Box::new(|m| {
+                assert_eq!(m.points, [format!("2,{AT:x},4"), format!("1,{AT:x},1")]);
+                m.load(BASE + 0x100, b"other");
+                m.cpus[0].0.extend([("rip", AT), ("rax", BASE), ("cr0", 0x8000_0033), ("cs", 8)]);
+                "T05thread:01;".to_owned()
+            }));
+            script.push(Box::new(run_microcode));
+            script.push(Box::new(|m| {
+                m.cpus[0].0.insert("rip", MLE + 0x40);
+                "T05thread:01;".to_owned()
+            }));
+            machine.script.extend(script);
+        }
+        drop(machine);
+        let (player, requests) = play_on(&stub, None, true);
+        let launches = player.launches();
+        assert_eq!((launches.len(), requests.len()), (3, 3 * 4));
+        assert!(launches.iter().all(|launch| launch.refused.is_none() && launch.intact == Some(true)));
+        assert_ne!(launches[0].image, launches[1].image);
+        assert_eq!(launches[1].image, launches[2].image);
+        // It stays to the machine's end.
+        assert!(!stub.machine().detached && player.finished());
     }
 
     #[test]

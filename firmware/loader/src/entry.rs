@@ -85,6 +85,8 @@ pub struct Entry {
     pub insist_txt: bool,
     /// `cordon-regions optional`: go on with IOMMUs that have no protected memory regions.
     pub optional_regions: bool,
+    /// `cordon-relaunch allow`: keep memory for policy `relaunch`.
+    pub relaunch: bool,
     /// `cordon-locality0 allow`: go on without TPM locality 2.
     pub allow_locality0: bool,
 }
@@ -186,6 +188,7 @@ struct Draft {
     txt: Option<Value>,
     regions: Option<Value>,
     locality0: Option<Value>,
+    relaunch: Option<Value>,
     sinit: Vec<Value>,
     initrd: Vec<Value>,
     options: Vec<Value>,
@@ -210,6 +213,7 @@ impl Draft {
                 self.sinit.push(path(value("cordon-sinit"))?);
                 return Ok(());
             }
+            "cordon-relaunch" => (&mut self.relaunch, one_of(value("cordon-relaunch"), &["allow"])?),
             "cordon-locality0" => (&mut self.locality0, one_of(value("cordon-locality0"), &["allow"])?),
             "initrd" => {
                 self.initrd.push(path(value("initrd"))?);
@@ -303,6 +307,7 @@ impl Entry {
             insist_txt: draft.txt.is_some(),
             optional_regions: draft.regions.is_some(),
             allow_locality0: draft.locality0.is_some(),
+            relaunch: draft.relaunch.is_some(),
         }))
     }
 
@@ -363,12 +368,12 @@ mod tests {
     #[test]
     fn senter_takes_modules_and_no_slb() {
         let e = parse(
-            "linux v\ncordon-mle m\ncordon-launch senter\ncordon-sinit a\ncordon-sinit b\ncordon-txt insist\ncordon-regions optional\n",
+            "linux v\ncordon-mle m\ncordon-launch senter\ncordon-sinit a\ncordon-sinit b\ncordon-txt insist\ncordon-regions optional\ncordon-relaunch allow\n",
         );
         let e = e.unwrap().unwrap();
         assert_eq!((e.technology, e.slb), (Some(Technology::Senter), None));
         assert_eq!(e.sinit.iter().map(|v| v.text.as_str()).collect::<Vec<_>>(), ["a", "b"]);
-        assert!(e.insist_txt && e.optional_regions);
+        assert!(e.insist_txt && e.optional_regions && e.relaunch);
         let error = parse("linux v\ncordon-mle m\ncordon-launch skinit\n").unwrap_err().to_string();
         assert_eq!(error, "\\loader\\entries\\a.conf: key cordon-slb is missing");
     }

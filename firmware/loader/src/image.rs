@@ -213,7 +213,7 @@ mod tests {
         };
         assert!(with(|_| ()).is_ok());
         assert_eq!(with(|h| h.magic[0] = 0).unwrap_err(), "not a Cordon MLE");
-        assert_eq!(with(|h| h.version.set(1)).unwrap_err(), "MLE version is 0x1, must be 0x2");
+        assert_eq!(with(|h| h.version.set(1)).unwrap_err(), "MLE version is 0x1, must be 0x3");
         assert!(with(|h| h.image_size.set(0x3001)).is_err());
         assert!(with(|h| h.region_size.set(6 << 20)).is_err());
         assert!(with(|h| h.region_size.set((16 << 20) + 0x1000)).is_err());

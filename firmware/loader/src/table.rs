@@ -80,6 +80,8 @@ pub struct Launch {
     pub launch_page: u64,
     /// Linux' `screen_info`.
     pub screen_info: [u8; 64],
+    /// Memory for launches under policy `relaunch`.
+    pub relaunch: Blob,
     /// Whether the launch may go on without TPM locality 2.
     pub allow_locality0: bool,
     /// Whether the launch may go on with IOMMUs that have no protected memory regions.
@@ -147,6 +149,7 @@ pub fn build(launch: &Launch) -> Result<([u8; MAX_SIZE], usize), SlrtError> {
         acpi_rsdp: launch.rsdp.into(),
         launch_page: launch.launch_page.into(),
         screen_info: launch.screen_info,
+        relaunch: launch.relaunch,
     })?;
     builder.finish()
 }
@@ -195,6 +198,7 @@ mod tests {
             rsdp: 0x7ffe_0014,
             launch_page: 0x9e000,
             screen_info: [7; 64],
+            relaunch: Blob::default(),
             allow_locality0: false,
             optional_regions: false,
         }

@@ -271,6 +271,7 @@ impl Gate {
     pub fn place(&self, service: Service, buffer: &CallBuffer) -> Place {
         match self.policy(service, buffer.variable(service)) {
             Policy::Native => Place::Native,
+            Policy::Relaunch => Place::Gap,
             _ => Place::Sandbox,
         }
     }
@@ -315,7 +316,9 @@ impl Gate {
         let own = |status| Begin::Done(Answer { status, decision: Decision::OWN });
         match decoded {
             Ok(Decoded::Run(results)) => match self.policy(service, buffer.variable(service)) {
-                Policy::Sandbox | Policy::Native => Begin::Run(Pending { service, results }),
+                Policy::Sandbox | Policy::Native | Policy::Relaunch => {
+                    Begin::Run(Pending { service, results })
+                }
                 Policy::Deferred => Begin::Defer(Pending { service, results }),
                 Policy::Locked => Begin::Done(Answer::refused(Decision::LOCKED)),
                 Policy::Deny => Begin::Done(Answer::refused(Decision::DENIED)),

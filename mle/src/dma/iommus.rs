@@ -123,6 +123,22 @@ impl<W: Mmio> Iommus<W> {
         })
     }
 
+    /// Takes them again, after another launch has set them to deny all DMA by its own tables: from whatever state they are in.
+    ///
+    /// # Errors
+    /// Some IOMMU is not known to deny.
+    pub fn take_again<P: Platform<Window = W> + vt_d::WriteBack>(
+        platform: &P,
+        listed: Listed<'_>,
+        area: DmaArea,
+        closed: &[PhysRange],
+    ) -> Result<Self, Error> {
+        match listed {
+            Listed::Ivrs(table, _) => Ok(Self::AmdVi(amd_vi::deny_all(platform, table, area, closed)?)),
+            Listed::Dmar(..) => Self::take(platform, listed, area, closed),
+        }
+    }
+
     /// IOMMUs handled.
     pub fn count(&self) -> usize {
         match self {

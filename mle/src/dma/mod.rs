@@ -107,6 +107,13 @@ pub fn keep(iommus: Iommus<PhysWindow>, machine: Machine) {
     });
 }
 
+/// Takes charge of the IOMMUs after another launch had them.
+pub fn keep_again(iommus: Iommus<PhysWindow>) {
+    if let Some(dma) = DMA.get() {
+        dma.lock().iommus = iommus;
+    }
+}
+
 /// Puts on record what was stopped since the last look, if it is time for one. Cheap when not; called at each exit.
 pub fn settle(id: impl FnOnce() -> u32, clock: &TscClock) {
     let now = exposure::now_us(clock);

@@ -5,6 +5,7 @@
 //! interrupts, and the time budget of a call that loops is enforced.
 
 mod deferred;
+mod gap;
 mod own;
 mod sandboxed;
 
@@ -30,6 +31,7 @@ use hv::vcpu::{Access, Exception};
 use log::warn;
 use spin::{Mutex, Once};
 
+pub use self::gap::{GapCall, relaunch};
 use self::own::Own;
 use self::sandboxed::{Direction, End, buffer_at, copy_buffer};
 use crate::apic::Xapic;
@@ -98,7 +100,11 @@ pub struct Parts {
     /// The PCR that shows what the guest unlocked.
     pub unlock_pcr: u32,
     /// The DRTM event log.
-    pub log: &'static [u8],
+    pub log: &'static mut [u8],
+    /// Bytes of it that are used.
+    pub log_used: usize,
+    /// Whether the launch can be done again, for a call under policy `relaunch`.
+    pub relaunches: bool,
     /// What is in force, for the guest to read.
     pub status: String<STATUS_MAX>,
 }
@@ -164,6 +170,8 @@ enum Job {
 enum Phase {
     /// Firmware runs.
     Running(Job),
+    /// That this launch ends for firmware is on record.
+    Leaving(Job),
     /// Firmware returned this in RAX. It is on record; the results are still in the buffer.
     Returned(Job, u64),
     /// All is on record but for the guest's knowing the status.
@@ -183,6 +191,8 @@ pub enum Next {
     Resume,
     /// Reset the machine.
     Reset(ResetKind),
+    /// End this launch, see [`relaunch`].
+    Relaunch,
 }
 
 /// Builds the sandbox's own page tables, at the start of its area: their root, and where they are. `pool` gives pages of
@@ -258,6 +268,14 @@ impl Services {
         loop {
             let next = match phase {
                 Phase::Running(job) => self.run_firmware(&call, job, cpu, vcpu, local, ports),
+                Phase::Leaving(job) => match exposure::flush(&self.parts.clock) {
+                    Settled::Wait => Err(Phase::Leaving(job)),
+                    Settled::Late => Ok(Phase::Answered(Status::DEVICE_ERROR)),
+                    Settled::Measured => {
+                        self.under_way = Some((call, Phase::Leaving(job)));
+                        return Next::Relaunch;
+                    }
+                },
                 Phase::Returned(job, rax) => match exposure::settle(&self.parts.clock) {
                     Settled::Wait => Err(Phase::Returned(job, rax)),
                     Settled::Measured | Settled::Late => Ok(self.give(&call, job, rax, vcpu)),
@@ -482,7 +500,8 @@ impl Services {
         let [r8, r9, ..] = g.r8_to_15;
         let args = Args { rcx: g.rcx, rdx: g.rdx, r8, r9, rsp: g.rsp };
         let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
-        let own = Own { log: parts.log, status: &parts.status, sandbox: &parts.state };
+        let log = parts.log.get(..parts.log_used).unwrap_or_default();
+        let own = Own { log, status: &parts.status, sandbox: &parts.state };
         let begun = parts.gate.begin(service, &args, &view, &own, parts.buffer);
         let variable = parts.buffer.variable(service).map(|(guid, name)| Variable {
             guid: firmware::call::Guid::from_bytes(*guid),
@@ -584,6 +603,9 @@ impl Services {
 
     /// Prepares the sandbox for a call, or ends it when there is none.
     fn enter_or_end(&mut self, call: &Call, job: Job, registers: &FirmwareCall) -> Phase {
+        if call.place == Place::Gap {
+            return self.leave(call, job);
+        }
         if self.enter(call, registers).is_ok() {
             return Phase::Running(job);
         }

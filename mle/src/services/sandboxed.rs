@@ -37,12 +37,7 @@ impl Services {
             return Err(NotReady::Dead(Reason::NoEntry));
         };
         parts.state.start(parts.clock.now_us(), call.place)?;
-        let frame = registers.frame(parts.return_to);
-        // Aligned so that RSP is 8 modulo 16 at the entry point.
-        let rsp = buffer_at(parts.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
-        for (at, word) in (rsp..).step_by(8).zip(frame) {
-            parts.mem.write(at, &word.to_le_bytes());
-        }
+        let rsp = parts.put_frame(registers);
         let runner = parts.runner(call.place);
         if runner.on.replace(call.owner) != Some(call.owner) {
             runner.vcpu.flush_nested();

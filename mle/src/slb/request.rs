@@ -4,7 +4,7 @@
 use hv::addr::PhysRange;
 use hv::failure::SlbError;
 use hv::launch::{
-    Blob, CordonEntry, DMA_AREA_SIZE, FLAG_LOCALITY0_ALLOWED, MLE_REGION_ALIGN, MLE_REGION_MAX,
+    Blob, CordonEntry, DMA_AREA_SIZE, FLAG_LOCALITY0_ALLOWED, FLAG_RESUME, MLE_REGION_ALIGN, MLE_REGION_MAX,
     MLE_REGION_MIN, MLE_VERSION, MleHeader, policy_difference,
 };
 use hv::slrt::{
@@ -138,7 +138,7 @@ impl Request {
         if cordon.version.get() != MLE_VERSION {
             return field(Field::Version);
         }
-        if cordon.flags.get() & !FLAG_LOCALITY0_ALLOWED != 0 {
+        if cordon.flags.get() & !(FLAG_LOCALITY0_ALLOWED | FLAG_RESUME) != 0 {
             return field(Field::Flags);
         }
 

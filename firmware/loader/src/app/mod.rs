@@ -17,7 +17,10 @@ use core::time::Duration;
 
 use hv::addr::{FOUR_GIB, PAGE_SIZE};
 use hv::failure::Record;
-use hv::launch::{Blob, LAUNCH_PAGE_SIZE, MLE_REGION_ALIGN, MleHeader, SLB_SIZE, SlbHeader};
+use hv::launch::{
+    Blob, LAUNCH_PAGE_SIZE, MLE_REGION_ALIGN, MleHeader, RELAUNCH_MLE, RELAUNCH_MLE_MAX, SLB_SIZE, SlbHeader,
+    relaunch_size,
+};
 use hv::slrt::MAX_SIZE;
 use loader::entry::{ENTRY_MAX, Entry, Place, Technology as Way, Value};
 use loader::machine::{self, Refusal};
@@ -106,7 +109,7 @@ struct Prepared {
     /// What the table will say; its memory map is not known yet.
     table: Launch,
     /// Kept for their memory, which `table` names.
-    _named: [Option<Pages>; 6],
+    _named: [Option<Pages>; 7],
     apic: Apic,
     clock: TscClock,
     tpm: Page,
@@ -138,6 +141,10 @@ fn prepare() -> Result<Prepared, Error> {
     let tpm_interface = machine::check_tpm(&Identity, rsdp, &tpm, tcg2)?;
 
     let (mle_header, mle) = load_mle(&mut volume, &file, &entry.mle)?;
+    let relaunch = match entry.relaunch {
+        true => Some(relaunch_memory(&mle_header, &mle).map_err(at(&file, &entry.mle))?),
+        false => None,
+    };
     let command_line = entry.command_line();
     let kernel = load(&mut volume, &file, &entry.linux)?;
     image::check_kernel(kernel.bytes(), command_line.len() as u64)
@@ -193,11 +200,12 @@ fn prepare() -> Result<Prepared, Error> {
         system_table: uefi::table::system_table_raw().map_or(0, |table| table.as_ptr() as u64),
         rsdp,
         launch_page: launch_page.base(),
+        relaunch: blob(&relaunch),
         screen_info: metal::graphics_mode().map_or([0; 64], |mode| screen::screen_info(&mode)),
         allow_locality0: entry.allow_locality0,
         optional_regions: entry.optional_regions,
     };
-    let named = [Some(mle), Some(kernel), initrd, config, cmdline, Some(log)];
+    let named = [Some(mle), Some(kernel), initrd, config, cmdline, Some(log), relaunch];
     Ok(Prepared {
         means,
         slrt,
@@ -289,6 +297,17 @@ fn load_mle(volume: &mut Volume, file: &str, value: &Value) -> Result<(MleHeader
     opened.read(pages.bytes_mut()).map_err(&at)?;
     announce(value, opened.size(), pages.base());
     Ok((header, pages))
+}
+
+/// Memory for later launches of the same MLE, with its file as it is now.
+fn relaunch_memory(header: &MleHeader, mle: &Pages) -> Result<Pages, FileError> {
+    let (size, region) = (header.image_size.get(), header.region_size.get());
+    let too_large = FileError::TooLarge { size, limit: RELAUNCH_MLE_MAX };
+    let file = usize::try_from(size).ok().filter(|_| size <= RELAUNCH_MLE_MAX);
+    let file = file.and_then(|size| mle.bytes().get(..size)).ok_or(too_large)?;
+    let mut pages = allocate(MemoryType::RESERVED, relaunch_size(region), MLE_REGION_ALIGN)?;
+    let _ = pages.write(region.saturating_mul(2).saturating_add(RELAUNCH_MLE), file);
+    Ok(pages)
 }
 
 /// Loads all initrds one after the other, each padded with zeros to 4 bytes as Linux expects them.

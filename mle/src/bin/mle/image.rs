@@ -77,7 +77,7 @@ unsafe extern "C" {
 }
 
 /// Stack of the first CPU, its lowest page a guard page; memory maps are copied onto it.
-const BOOT_STACK: usize = 0x4_0000;
+const BOOT_STACK: usize = 0x8_0000;
 #[repr(C, align(4096))]
 struct BootStack([u8; BOOT_STACK]);
 static mut STACK: BootStack = BootStack([0; BOOT_STACK]);

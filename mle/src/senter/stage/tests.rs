@@ -259,6 +259,7 @@ fn what_the_loader_builds_is_taken() {
         rsdp: 0,
         launch_page: LAUNCH_PAGE,
         screen_info: [0; 64],
+        relaunch: Blob::default(),
         allow_locality0: false,
         optional_regions: true,
     })

@@ -1,0 +1,124 @@
+//! Calls that firmware carries out between two launches: policy `relaunch`.
+
+use firmware::call::FirmwareCall;
+use firmware::exposure::{Decision, Kind, Record, Text};
+use hv::io::PhysMem;
+
+use super::{Call, Job, Parts, Phase, SERVICES, Services, Status, buffer_at};
+use crate::cpu::Cpu;
+use crate::exposure;
+use crate::relaunch::{Error, Round};
+
+/// A call that firmware is to carry out on the bare machine.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct GapCall {
+    /// The service's entry point.
+    pub entry: u64,
+    /// The stack pointer there, where the return address is.
+    pub rsp: u64,
+    /// First argument.
+    pub rcx: u64,
+    /// Second argument.
+    pub rdx: u64,
+    /// Third argument.
+    pub r8: u64,
+    /// Fourth argument.
+    pub r9: u64,
+}
+
+impl Services {
+    /// The call, if it can be made in this way at all, waits for its announcement to be measured, and then for the next launch.
+    pub(super) fn leave(&self, call: &Call, job: Job) -> Phase {
+        let refusal = match self.parts.gap_call(&job) {
+            _ if !self.parts.relaunches => Some("relaunch needs a machine with one CPU"),
+            None => Some("no entry point in runtime code"),
+            Some(_) => None,
+        };
+        let (decision, status) = match refusal {
+            Some(_) => (Decision::DENIED, Status::UNSUPPORTED),
+            None => (Decision::RELAUNCH, Status::SUCCESS),
+        };
+        let text = Some(Text::new(refusal.unwrap_or("this launch ends, to be done again")));
+        let record = self.record_of(call, decision, status.0 as u64);
+        exposure::record(&Record { text, ..record });
+        if refusal.is_some() { Phase::Answered(status) } else { Phase::Leaving(job) }
+    }
+}
+
+impl Parts {
+    /// What firmware is to be entered with. None without an entry point, or for a job that is not one call.
+    fn gap_call(&self, job: &Job) -> Option<GapCall> {
+        let Job::Call(pending) = job else { return None };
+        let registers = pending.call(buffer_at(self.area));
+        let entry = self.entries.get(registers.service.index()).copied().flatten()?;
+        let FirmwareCall { rcx, rdx, r8, r9, .. } = registers;
+        Some(GapCall { entry, rsp: self.put_frame(&registers), rcx, rdx, r8, r9 })
+    }
+
+    /// Puts what firmware finds on its stack there; where it begins.
+    pub(super) fn put_frame(&self, registers: &FirmwareCall) -> u64 {
+        let frame = registers.frame(self.return_to);
+        // Aligned so that RSP is 8 modulo 16 at the entry point.
+        let rsp = buffer_at(self.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
+        for (at, word) in (rsp..).step_by(8).zip(frame) {
+            self.mem.write(at, &word.to_le_bytes());
+        }
+        rsp
+    }
+}
+
+/// Has `round` carry out the call that waits for it, given the call and the event log of this launch, and takes what it brought. To be called
+/// when [`super::call`] said so.
+///
+/// # Errors
+/// Those of `round`, after which there is no going on.
+pub fn relaunch<E>(
+    cpu: &mut Cpu,
+    round: impl FnOnce(&mut Cpu, GapCall, &[u8]) -> Result<Result<Round, Error>, E>,
+) -> Result<(), E> {
+    let Some(mut services) = SERVICES.get().map(|services| services.lock()) else { return Ok(()) };
+    let services = &mut *services;
+    let (call, job) = match services.under_way.take() {
+        Some((call, Phase::Leaving(job))) => (call, job),
+        other => {
+            services.under_way = other;
+            return Ok(());
+        }
+    };
+    // It had one when it was admitted.
+    let Some(gap) = services.parts.gap_call(&job) else { return Ok(()) };
+    cpu.swap_fpu(&mut services.parts.fpu);
+    let log = services.parts.log.get(..services.parts.log_used).unwrap_or_default();
+    let brought = round(cpu, gap, log)?;
+    cpu.swap_fpu(&mut services.parts.fpu);
+    let phase = match brought {
+        Ok(round) => {
+            services.resumed(&call, &round);
+            exposure::record(&services.record_of(&call, Decision::RELAUNCH, round.rax));
+            Phase::Returned(job, round.rax)
+        }
+        Err(error) => {
+            let status = Status::DEVICE_ERROR;
+            let record = services.record_of(&call, Decision::DENIED, status.0 as u64);
+            exposure::record(&Record { text: Some(Text::new(error)), kind: Kind::REFUSED, ..record });
+            Phase::Answered(status)
+        }
+    };
+    services.under_way = Some((call, phase));
+    Ok(())
+}
+
+impl Services {
+    /// Another launch has put everything back: what it measured is what counts now, and PCR 22 is zero.
+    fn resumed(&mut self, call: &Call, round: &Round) {
+        let parts = &mut self.parts;
+        let room = parts.log.get_mut(..round.log_size).unwrap_or_default();
+        parts.mem.read(round.log, room);
+        parts.log_used = room.len();
+        parts.watch.lock().distrust();
+        parts.flush_nested();
+        let now = exposure::now_us(&parts.clock);
+        exposure::record(&Record::relaunched(round.number, round.exposure, call.owner, now));
+    }
+}
