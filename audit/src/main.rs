@@ -43,6 +43,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // `cordon log | head` ends as other tools do, and not by a panic at a closed pipe.
+    sigpipe::reset();
     let outcome = match Arguments::parse().command {
         Command::Predict(arguments) => predict::run(&arguments).map(|()| true),
         Command::Verify(arguments) => verify::run(&arguments),

@@ -16,9 +16,9 @@ use std::process::Command;
 use common::{Folder, cordon};
 use tpm::{Bank, BankHasher, Banks, Digests, HashAlg, LogWriter};
 
-const SHA1_17: &str = "051c0b6e62ea11dca07954b85861e7970e25b530";
+const SHA1_17: &str = "408472e3f092fa03052be61a2370ae46170601be";
 const SHA1_18: &str = "9e66787693b50d8b5c973ef56dd9be77dcc5bb2e";
-const SHA256_17: &str = "21f3df0d285bb240e2c08cfdffeca2bce0d519ee8612fce8251e30ed0ac373e3";
+const SHA256_17: &str = "7f99a616d88914d55f49aeef95a3fdc90d38f585f0737c96d5a6f05e9943e55d";
 const SHA256_18: &str = "f99e02c4d70b59d026ce239c47adbd6c63c3dc00e0faec4d021abd34cf4aa88e";
 /// Without initrd, command line and configuration.
 const SHA256_18_BARE: &str = "8330adf04dae61a4e7a578fd2cc40b736642ae3ffa6126f5c935149854421448";
@@ -43,7 +43,7 @@ impl Files {
         let mut slb = [&[0x20, 0, 0, 0x10][..], b"CORDNSLB", &[0; 4]].concat();
         slb.resize(0x1000, b'S');
         files.put("slb", &slb);
-        let mut mle = b"CORDNMLE\x02\0\0\0\0\x01\0\0".to_vec();
+        let mut mle = b"CORDNMLE\x03\0\0\0\0\x01\0\0".to_vec();
         mle.extend(0x3000_u64.to_le_bytes());
         mle.extend((16_u64 << 20).to_le_bytes());
         mle.extend(0x800_u32.to_le_bytes());
@@ -184,9 +184,9 @@ fn predict_gives_what_senter_and_sinit_extend() {
     let (good, out, error) = predict(&["--bank", "sha256", "--bank", "sha1"]);
     assert!(good, "{error}");
     for value in [
-        "17: 0x5eb2f69e0c94c5db28c0e144aabfb790efdfc3cea1396434b4128c4783c62152",
+        "17: 0xf777ab4544b220a96bf6232b32875b9afa792e2f6f8f2463afc72bff822bb30f",
         "18: 0x96f7e5c71092c8729d43c8ac409ee8c1bba4dc6f0cf1bf4871f0b86623dc2202",
-        "17: 0xf0781e121b97672f1693b58375eb70b20f76ce59",
+        "17: 0xac927a7b61146c4ddd50f96630995aa8e36aa0a7",
         "18: 0x0fce8da6bfc998d3f4cbfb0a9a3746fd64d813f6",
         "# PCR 17 MLE_HASH ",
     ] {
@@ -195,7 +195,7 @@ fn predict_gives_what_senter_and_sinit_extend() {
     let of_platform = "000102030405060708090a0b0c0d0e0f10111213";
     let (good, out, error) = predict(&["--biosac", of_platform, "--scrtm", "1", "--lcp-control", "2"]);
     assert!(good, "{error}");
-    assert!(out.contains("17: 0xc91710d215fdb80ced74a4ccd62631ffab2d4f758bd970d6987a81e79d8ccd31"), "{out}");
+    assert!(out.contains("17: 0x4bd7523e4e3807b5476a314b279ec9790132ec22ef5785e5369770856abda491"), "{out}");
     assert!(out.contains("18: 0x5202cbcfd651af856933c414f08a8c6e7b02a38b609c70a59169ab36ede65332"), "{out}");
     // Either what SKINIT starts or what SENTER does.
     assert!(!predict(&["--slb", &files.path("slb")]).0);
@@ -348,4 +348,21 @@ fn the_public_tool_replays_to_the_predicted_values() {
     for value in [SHA1_17, SHA1_18, SHA256_17, SHA256_18] {
         assert!(text.contains(&format!("0x{value}")), "{value} not in\n{text}");
     }
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_failure_of_the_program() {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Stdio;
+    const SIGPIPE: i32 = 13;
+    let files = Files::new("pipe");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let (slb, mle, kernel) = (files.path("slb"), files.path("mle"), files.path("kernel"));
+    let arguments = ["predict", "--slb", &slb, "--mle", &mle, "--kernel", &kernel];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cordon"));
+    let child = command.args(arguments).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.signal(), Some(SIGPIPE));
 }
