@@ -274,6 +274,7 @@ impl Machine {
                     banks: spec.banks.clone(),
                     memory: senter::sinit::Memory { low_end: bochs::LOW_END, dmar: bochs::acpi::dmar() },
                     cpus: spec.cpus,
+                    launches: spec.boot != Boot::Native,
                     fault: spec.senter_fault,
                     log: File::create(dir.file("drtm.log"))?,
                 };

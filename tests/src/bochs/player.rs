@@ -93,6 +93,9 @@ pub struct Part {
     pub memory: Memory,
     /// CPUs.
     pub cpus: u32,
+    /// Whether what the firmware starts may execute GETSEC. A kernel that it starts itself does not, and has the bytes more often
+    /// than there are breakpoints.
+    pub launches: bool,
     /// What goes wrong.
     pub fault: Option<Fault>,
     /// Where to say what was done.
@@ -169,7 +172,7 @@ impl Player {
         }
         vt_d::begin(machine)?;
         machine.watch_writes(vt_d::BASE, vt_d::SIZE)?;
-        self.arm(machine, base, size as usize)
+        if self.part.launches { self.arm(machine, base, size as usize) } else { Ok(()) }
     }
 
     /// Sets breakpoints on all that may be GETSEC in memory.
