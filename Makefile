@@ -30,7 +30,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@                    status (make itself turns any status but 0 into 2, and names it; `bench run` does not)
 #@   MACHINE=amd|intel  QEMU with SVM and SKINIT, or Bochs with VMX and SENTER (amd); a boot of the latter takes minutes
 #@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
-#@   MEM=2048  SMP=2  RAM in MiB, CPUs
+#@   MEM=2048  SMP=2  RAM in MiB, CPUs (SMP=1 with MACHINE=intel)
 #@   TPM=tis|crb      TPM interface (tis)
 #@   BANKS=sha256     active PCR banks of the TPM, e.g. sha1,sha256,sha384,sha512
 #@   FIRMWARE=smm|plain  variables kept in SMM, or in the runtime driver (smm)
@@ -41,7 +41,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error;
 #@                    at SENTER: mle-tables, mle-hole, heap-size, pmr-uncovering, stale-error, dmar-changed, rlp-missing
 #@   QEMU_ARGS=       more arguments for QEMU
-#@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take
+#@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take (900 with MACHINE=intel)
 #@   LOG=warn|info    report failures only, or also each stage of the boot and its time (warn)
 #@   TOOLCHAIN=rustup|debian  where the images' targets come from (rustup if it answers)
 #@ Logs of a run stay in build/run-*/: console.log, drtm.log (what the bench did at SKINIT), qemu.log.

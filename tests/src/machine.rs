@@ -156,7 +156,11 @@ impl Spec {
     /// The machine of one board, with the kernel and the RAM disk that fit it.
     pub fn on(board: Board) -> Self {
         let (kernel, initrd) = paths::kernel_of(board);
-        Self { board, kernel, initrd, ..Self::default() }
+        let fitting = Self { board, kernel, initrd, ..Self::default() };
+        match board {
+            Board::Amd => fitting,
+            Board::Intel => Self { cpus: 1, timeout: Duration::from_secs(900), ..fitting },
+        }
     }
 
     /// The whole kernel command line.

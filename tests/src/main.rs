@@ -55,9 +55,9 @@ struct Run {
     /// RAM, MiB.
     #[arg(long, env = "MEM", default_value_t = 2048)]
     memory: u32,
-    /// CPUs.
-    #[arg(long, env = "SMP", default_value_t = 2)]
-    cpus: u32,
+    /// CPUs; 2, or 1 on the Intel machine, where each takes the emulator's time from the others.
+    #[arg(long, env = "SMP")]
+    cpus: Option<u32>,
     /// TPM interface.
     #[arg(long, env = "TPM", value_enum, default_value_t = Tpm::Tis)]
     tpm: Tpm,
@@ -91,9 +91,9 @@ struct Run {
     /// More arguments for QEMU, separated by spaces.
     #[arg(long, env = "QEMU_ARGS", default_value = "", allow_hyphen_values = true)]
     qemu_args: String,
-    /// Seconds until the guest must take commands, and that a command may take.
-    #[arg(long, env = "TIMEOUT", default_value_t = 240)]
-    timeout: u64,
+    /// Seconds until the guest must take commands, and that a command may take; 240, or 900 on the Intel machine.
+    #[arg(long, env = "TIMEOUT")]
+    timeout: Option<u64>,
     /// What to report on standard error.
     #[arg(long, env = "LOG", value_enum, default_value_t = Log::Warn)]
     log: Log,
@@ -134,7 +134,7 @@ impl Run {
             board: self.machine,
             boot: if self.native == 1 { Boot::Native } else { Boot::Cordon },
             memory: self.memory,
-            cpus: self.cpus,
+            cpus: self.cpus.unwrap_or(fitting.cpus),
             firmware: self.firmware,
             tpm: self.tpm,
             banks: self.banks.clone(),
@@ -149,7 +149,7 @@ impl Run {
             variables: None,
             reboot: false,
             qemu_args: self.qemu_args.split_whitespace().map(str::to_owned).collect(),
-            timeout: Duration::from_secs(self.timeout),
+            timeout: self.timeout.map_or(fitting.timeout, Duration::from_secs),
             progress: self.log == Log::Info && command.is_some(),
             ..Spec::default()
         }

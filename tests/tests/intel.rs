@@ -21,7 +21,7 @@ fn expect<T>(machine: &Machine, result: anyhow::Result<T>) -> T {
 
 fn probe_spec() -> Spec {
     let timeout = Duration::from_secs(150);
-    Spec { boot: Boot::SenterProbe, memory: 512, timeout, ..Spec::on(Board::Intel) }
+    Spec { boot: Boot::SenterProbe, cpus: 2, memory: 512, timeout, ..Spec::on(Board::Intel) }
 }
 
 #[test]
@@ -59,9 +59,9 @@ fn senter_leaves_what_the_specification_says() {
     assert_eq!(state.launch.expect("launch").base, probe::BASE);
 }
 
-/// The whole chain.
+/// The chain from the loader on, with another CPU that joins the MLE.
 fn cordon_spec() -> Spec {
-    Spec { memory: 1024, timeout: Duration::from_secs(500), ..Spec::on(Board::Intel) }
+    Spec { cpus: 2, memory: 1024, ..Spec::on(Board::Intel) }
 }
 
 /// Says that SENTER, SINIT's state, the other processors and VT-d were as the MLE wants them.
@@ -141,7 +141,7 @@ fn an_earlier_error_is_told_and_a_changed_dmar_is_not_used() {
 #[test]
 #[ignore = "takes two minutes"]
 fn the_machine_boots_without_cordon() {
-    let spec = Spec { boot: Boot::Native, memory: 1024, ..Spec::on(Board::Intel) };
+    let spec = Spec { boot: Boot::Native, cpus: 2, memory: 1024, ..Spec::on(Board::Intel) };
     let mut machine = start(&spec);
     // Both CPUs, the firmware's variables, the TPM, and no IOMMU that would have to translate.
     let said = machine.check(
