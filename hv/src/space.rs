@@ -515,6 +515,48 @@ mod tests {
         assert_eq!(tables.walk(&pool, mle().last() + 1).unwrap().rights, Rights::all());
     }
 
+    /// A page of tables for each GiB of memory, and one for each end of what devices may not have.
+    #[test]
+    fn devices_have_large_pages_where_memory_is_in_one_piece() {
+        const GIB: u64 = 1 << 30;
+        for gib in [1, 6, 64] {
+            // As OVMF leaves a machine with 2 GiB below 4 GiB: pages of its own among the last 64 MiB.
+            let low = (gib * GIB).min(2 * GIB);
+            let region = range(low - 256 * MIB, 32 * MIB);
+            let slb = range(low - 200 * MIB, 0x1_0000);
+            let mut s = AddressSpace::new(40, region, Some(slb)).unwrap();
+            s.assign(range(0x9_0000, 2 * PAGE_SIZE), Kind::Closed(Hole::LaunchPage)).unwrap();
+            let firmware: Vec<_> =
+                (0..12).map(|i| range(low - (60 - 5 * i) * MIB + 3 * PAGE_SIZE, 0x5_3000)).collect();
+            let mut at = 0;
+            let mut holes: Vec<_> =
+                firmware.iter().copied().chain([region, slb, range(0x9_0000, 2 * PAGE_SIZE)]).collect();
+            holes.sort_by_key(PhysRange::start);
+            for range in &firmware {
+                s.assign(*range, Kind::FirmwareData).unwrap();
+            }
+            for hole in holes.iter().copied().chain([range(low, PAGE_SIZE)]) {
+                s.assign(range(at, hole.start() - at), Kind::Ram).unwrap();
+                at = hole.last() + 1;
+            }
+            let rest = gib * GIB - low;
+            if rest > 0 {
+                s.assign(range(4 * GIB, rest), Kind::Ram).unwrap();
+            }
+            let pages = |format, largest| {
+                let mut pool = Pool::new(1 << 16);
+                let tables = Tables::new(format, 4, largest, &mut pool).unwrap();
+                s.map_view(View::Device, &tables, &mut pool).unwrap();
+                pool.used()
+            };
+            let amd = pages(&AMD_VI, PageSize::Size2M);
+            let intel = pages(&VT_D, PageSize::Size1G);
+            std::println!("{gib:>2} GiB: AMD-Vi {} KiB, VT-d with 1 GiB pages {} KiB", 4 * amd, 4 * intel);
+            let ends = 2 * holes.len();
+            assert!(intel <= amd && amd <= 2 + gib as usize + ends, "{amd} {intel}");
+        }
+    }
+
     /// Claims as a hostile memory map, DMAR or IVRS would make them: near the MLE and the SLB, and anywhere.
     fn claims() -> impl Strategy<Value = Vec<(PhysRange, Kind)>> {
         let near = prop_oneof![

@@ -51,9 +51,9 @@ fn plug_and_take_out(machine: &mut Machine, set: &Set) -> u16 {
 
 /// The guest's accesses to devices, and theirs to memory, are none of the MLE's business.
 fn transfers_without_exits(machine: &mut Machine) {
+    let start = format!("{LOAD}; {EXITS} disk=$(disk_of {}) && exits && before=$total", address("NVMe"));
     let read = "dd if=$disk of=/dev/null bs=1M iflag=direct 2>/dev/null";
-    let count = format!("{LOAD}; {EXITS} disk=$(disk_of {}); {read}; exits; before=$total", address("NVMe"));
-    let exits = machine.check(&format!("{count}; {read}; {read}; exits; echo $((total - before))")).unwrap();
+    let exits = machine.check(&format!("{start} && {read} && {read} && exits && echo $((total - before))")).unwrap();
     println!("exits for 96 MiB by NVMe, without those of the programs' start: {exits}");
     assert!(exits.parse::<u32>().unwrap() < 10, "{exits}");
 }

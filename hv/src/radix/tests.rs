@@ -19,6 +19,11 @@ impl Pool {
         Self { pages: Vec::new(), left }
     }
 
+    /// Pages handed out.
+    pub(crate) fn used(&self) -> usize {
+        self.pages.len()
+    }
+
     fn at(table: u64) -> usize {
         assert!(table >= POOL_BASE && table.is_multiple_of(KIB4), "{table:#x} is no table");
         usize::try_from((table - POOL_BASE) / KIB4).unwrap()
