@@ -94,13 +94,14 @@ fn times(spec: &Spec) -> Result<Times> {
 
 fn medians(runs: &[Times]) -> Times {
     let Some(first) = runs.first() else { return Times::new() };
-    let median = |index: usize| {
-        let mut sorted: Vec<_> =
-            runs.iter().filter_map(|run| run.get(index)).map(|&(_, time)| time).collect();
-        sorted.sort();
-        sorted.get(sorted.len() / 2).copied().unwrap_or_default()
-    };
-    first.iter().enumerate().map(|(index, &(name, _))| (name, median(index))).collect()
+    let of = |index: usize| runs.iter().filter_map(|run| run.get(index)).map(|&(_, time)| time).collect();
+    first.iter().enumerate().map(|(index, &(name, _))| (name, median(of(index)))).collect()
+}
+
+/// Of times, the one in the middle.
+pub(crate) fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 #[cfg(test)]

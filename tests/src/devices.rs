@@ -114,12 +114,23 @@ pub const DEVICES: [Device; 8] = [
 /// The devices' disks, and a RAM disk with their drivers.
 pub struct Set {
     folder: TempDir,
+    /// Whether the IOMMU's walks go to QEMU's log.
+    traced: bool,
 }
 
 impl Set {
     /// Makes empty disks, and adds the drivers to the bench's RAM disk.
     pub fn create() -> Result<Self> {
-        let set = Self { folder: tempfile::tempdir()? };
+        Self::make(true)
+    }
+
+    /// The same, for a machine that does not log what its IOMMU does.
+    pub fn quiet() -> Result<Self> {
+        Self::make(false)
+    }
+
+    fn make(traced: bool) -> Result<Self> {
+        let set = Self { folder: tempfile::tempdir()?, traced };
         for name in DEVICES.iter().filter_map(disk).chain([PLUGGED]) {
             File::create(set.disk(name))?.set_len(DISK)?;
         }
@@ -153,7 +164,8 @@ impl Set {
             all.extend(words.map(fill));
         }
         // Says for which requester, and which page, an IOMMU walked its tables, and what it stopped.
-        for event in ["amdvi_cache_update", "vtd_iotlb_page_update", "vtd_dmar_fault"] {
+        let events = ["amdvi_cache_update", "vtd_iotlb_page_update", "vtd_dmar_fault"];
+        for event in events.into_iter().filter(|_| self.traced) {
             all.extend(["-trace", event].map(str::to_owned));
         }
         all
@@ -180,12 +192,17 @@ fn disk(device: &Device) -> Option<&'static str> {
     }
 }
 
+/// Gives the guest the functions that [`LOAD`] loads.
+pub fn load(mut check: impl FnMut(&str) -> Result<String>) -> Result<()> {
+    check(&format!("cat >/run/devices.sh <<'END'\n{FUNCTIONS}END")).map(drop)
+}
+
 /// Devices, and what each did.
 pub type Table = Vec<(&'static Device, &'static str)>;
 
 /// Has the guest, which runs a script by `check` and gives its output, use each device. Gives what each did, for a table.
 pub fn exercise(set: &Set, mut check: impl FnMut(&str) -> Result<String>) -> Result<Table> {
-    check(&format!("cat >/run/devices.sh <<'END'\n{FUNCTIONS}END"))?;
+    load(&mut check)?;
     let mut done = Vec::new();
     for device in &DEVICES {
         if let Some(name) = disk(device) {

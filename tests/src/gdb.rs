@@ -109,6 +109,16 @@ impl Gdb {
         Ok(())
     }
 
+    /// Runs a command of QEMU's monitor. What it prints is dropped.
+    pub fn monitor(&mut self, command: &str) -> Result<()> {
+        let mut reply = self.request(&format!("qRcmd,{}", hex::encode(command)))?;
+        while reply != "OK" {
+            ensure!(reply.starts_with('O'), "gdb stub: reply {reply:?} to {command:?}");
+            reply = self.receive(Some(REPLY_TIME))?.context("gdb stub: connection closed")?;
+        }
+        Ok(())
+    }
+
     fn send(&mut self, payload: &str) -> Result<()> {
         let sum = payload.bytes().fold(0u8, u8::wrapping_add);
         self.stream

@@ -6,7 +6,9 @@ pub mod bochs;
 pub mod channel;
 pub mod child;
 pub mod compare;
+pub mod denial;
 pub mod devices;
+pub mod disks;
 pub mod emulator;
 pub mod esp;
 #[cfg(test)]

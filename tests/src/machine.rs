@@ -114,6 +114,8 @@ pub struct Spec {
     pub senter_fault: Option<senter::Fault>,
     /// Whether a guest's reset restarts the machine instead of ending it.
     pub reboot: bool,
+    /// Items of QEMU's log that are on from SKINIT.
+    pub logged: Option<String>,
     /// More arguments for QEMU.
     pub qemu_args: Vec<String>,
     /// Longest time to the guest's init, and longest time of one command.
@@ -145,6 +147,7 @@ impl Default for Spec {
             fault: None,
             senter_fault: None,
             reboot: false,
+            logged: None,
             qemu_args: Vec::new(),
             timeout: Duration::from_secs(240),
             progress: false,
@@ -264,7 +267,14 @@ impl Machine {
                 match spec.boot {
                     Boot::Cordon => {
                         let (gdb, log) = (dir.connect("gdb.sock")?, dir.file("drtm.log"));
-                        player = Some(Player::start(gdb, tpm.control(), spec.fault, log, spec.relaunch)?);
+                        player = Some(Player::start(
+                            gdb,
+                            tpm.control(),
+                            spec.fault,
+                            log,
+                            spec.relaunch,
+                            spec.logged.clone(),
+                        )?);
                     }
                     Boot::Native => qemu.go()?,
                     Boot::SenterProbe => bail!("no SENTER on a machine with SVM"),

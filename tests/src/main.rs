@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::machine::{Board, Boot, Console, Firmware, Machine, Spec, Tpm};
-use tests::{attacks, compare, images, senter, skinit};
+use tests::{attacks, compare, denial, disks, images, senter, skinit};
 
 #[derive(Parser)]
 #[command(about = "Builds Cordon's images and runs them in emulated machines")]
@@ -25,6 +25,8 @@ enum Action {
     Measure,
     /// Compare the machine with Cordon to the same one without.
     Bench(Box<Bench>),
+    /// Compare the machine's disks with Cordon to the same ones without, and count the instructions until DMA is denied.
+    Dma(Box<Bench>),
     /// Run the attacks with Cordon and without, and count.
     Attacks {
         /// Also those that take a machine each.
@@ -185,6 +187,14 @@ impl Run {
     }
 }
 
+/// Figures of the IOMMU's part.
+fn dma(bench: &Bench) -> Result<()> {
+    images::build_initrd()?;
+    let spec = Spec { console: Console::Log, ..bench.machine.spec() };
+    denial::measure(&spec)?;
+    disks::compare(&spec, bench.runs)
+}
+
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Action::Build => images::build().map(|()| ExitCode::SUCCESS),
@@ -194,6 +204,7 @@ fn main() -> ExitCode {
                 compare::compare(&Spec { console: Console::Log, ..bench.machine.spec() }, bench.runs)
             })
             .map(|()| ExitCode::SUCCESS),
+        Action::Dma(bench) => dma(&bench).map(|()| ExitCode::SUCCESS),
         Action::Attacks { all } => attacks::run(all).map(|()| ExitCode::SUCCESS),
         Action::Run(run) => run.run(),
     };

@@ -93,13 +93,14 @@ pub struct Player {
 
 impl Player {
     /// Takes a gdb connection to a machine that has not started, starts it, and waits for SKINIT. `relaunches`: there will
-    /// be more than one.
+    /// be more than one. From SKINIT on QEMU logs the items `logged`.
     pub fn start(
         stream: UnixStream,
         tpm: Control,
         fault: Option<Fault>,
         log: PathBuf,
         relaunches: bool,
+        logged: Option<String>,
     ) -> Result<Self> {
         let state = Arc::new(Mutex::new(State::default()));
         let log = File::create(&log).with_context(|| log.display().to_string())?;
@@ -108,6 +109,7 @@ impl Player {
             tpm,
             fault,
             relaunches,
+            logged,
             log,
             since: Instant::now(),
             state,
@@ -160,6 +162,7 @@ struct Part {
     tpm: Control,
     fault: Option<Fault>,
     relaunches: bool,
+    logged: Option<String>,
     log: File,
     since: Instant,
     state: Arc<Mutex<State>>,
@@ -185,6 +188,9 @@ impl Part {
         loop {
             let Some((cpu, at)) = self.wait_for_skinit()? else { return Ok(()) };
             let launch = self.measure(&cpu, at)?;
+            if let Some(items) = &self.logged {
+                self.gdb.monitor(&format!("log {items}"))?;
+            }
             self.enter(at, &launch)?;
             self.leave_pages_but(self.relaunches.then_some(at))?;
             let mle = self.mle_entry(launch.base);
@@ -456,7 +462,7 @@ mod tests {
         let (control, requests) = fake_tpm(0);
         let log = tempfile::NamedTempFile::new().unwrap();
         let player =
-            Player::start(stub.connect(), control, fault, log.path().to_owned(), relaunches).unwrap();
+            Player::start(stub.connect(), control, fault, log.path().to_owned(), relaunches, None).unwrap();
         for _ in 0..500 {
             if player.finished() {
                 break;

@@ -53,7 +53,8 @@ fn plug_and_take_out(machine: &mut Machine, set: &Set) -> u16 {
 fn transfers_without_exits(machine: &mut Machine) {
     let start = format!("{LOAD}; {EXITS} disk=$(disk_of {}) && exits && before=$total", address("NVMe"));
     let read = "dd if=$disk of=/dev/null bs=1M iflag=direct 2>/dev/null";
-    let exits = machine.check(&format!("{start} && {read} && {read} && exits && echo $((total - before))")).unwrap();
+    let exits =
+        machine.check(&format!("{start} && {read} && {read} && exits && echo $((total - before))")).unwrap();
     println!("exits for 96 MiB by NVMe, without those of the programs' start: {exits}");
     assert!(exits.parse::<u32>().unwrap() < 10, "{exits}");
 }
@@ -69,8 +70,6 @@ fn every_device_works_and_the_iommu_translates_for_it() {
     devices::check_walked(&done, &log).unwrap();
     assert!(devices::walked(&log).unwrap().contains(&plugged), "{plugged:#x}");
     devices::print("amd-iommu", &done);
-    let status = machine.check("tail -c +5 /sys/firmware/efi/efivars/Status-*").unwrap();
-    assert!(status.contains("DMA: 1 IOMMUs, 0 accesses stopped"), "{status}");
     machine.power_off().unwrap();
 }
 
