@@ -76,6 +76,18 @@ pub fn record(record: &Record) {
     NEXT_LOOK.fetch_min(look, Ordering::Relaxed);
 }
 
+/// Whether records wait to be measured.
+pub fn any_waits() -> bool {
+    LOG.lock().counters().pending != 0
+}
+
+/// PCR 22 is that of another launch, the `round`th after the first: its chain begins, see [`ExposureLog::relaunched`].
+pub fn relaunched(round: u64, cpu: u32, clock: &TscClock) -> Result<(), tpm::Error> {
+    LOG.lock().relaunched(round, cpu, now_us(clock))?;
+    NEXT_LOOK.store(0, Ordering::Relaxed);
+    Ok(())
+}
+
 /// Whether one more record has room. Nothing that leaves one may begin without.
 pub fn has_room() -> bool {
     LOG.lock().has_room()

@@ -16,7 +16,7 @@ use hv::slrt::{
     ARCH_SKINIT, Builder, DlInfo, LOG_FORMAT_TPM2, LogInfo, SlrtError, TAG_CORDON, TAG_DL_INFO, TAG_LOG_INFO,
     entry_header,
 };
-use tpm::{Contention, HashAlg, Locality, Sha256Blocks, Tpm};
+use tpm::{Contention, Locality, Sha256Blocks, Tpm};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::digest::Hash;
@@ -217,8 +217,6 @@ pub struct Round {
     pub rax: u64,
     /// Its number, from 1.
     pub number: u64,
-    /// PCR 22 in the SHA-256 bank when the old launch ended.
-    pub exposure: [u8; 32],
     /// Where the new launch's event log is, until the next round.
     pub log: u64,
     /// Bytes of it.
@@ -240,7 +238,7 @@ impl Plan {
     /// off, and nobody else uses the TPM. `log` is this launch's event log.
     ///
     /// # Errors
-    /// [`Error`]: nothing happened.
+    /// [`Error::Cap`]: there is no going on. Any other: nothing happened.
     pub fn round(&mut self, call: GapCall, log: &[u8]) -> Result<Round, Error> {
         let mut leaving = Leaving { context: Context::default(), plan: self, call, log, failed: None };
         let (root, stack) = (leaving.plan.open_tables, leaving.plan.block.at(at::STACK_TOP));
@@ -259,7 +257,7 @@ impl Plan {
         // The new launch wrote where its log is after it had verified all else.
         let log_size = usize::try_from(answer.log_size).unwrap_or(0);
         let (rax, log) = (answer.rax, answer.log);
-        Ok(Round { rax, number: header.round, exposure: header.exposure, log, log_size })
+        Ok(Round { rax, number: header.round, log, log_size })
     }
 
     fn tell(&self, answer: &Answer) {
@@ -322,10 +320,10 @@ impl Leaving<'_> {
         // SAFETY: the TPM's pages are mapped; its other user, the exposure log, has released it and does not run.
         let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
         let mut tpm = Tpm::open(window, self.plan.clock, Locality::Two, Contention::SHARED)?;
-        let vouched = self.plan.vouch(&mut tpm, &mut header);
+        let vouched = self.plan.vouch(&mut tpm, &header);
         if let Ok(ticket) = vouched {
             (answer.ticket_size, answer.ticket) = (ticket.size, ticket.digest);
-            tpm.cap(&[PCR_CODE, PCR_CONFIG, PCR_FIRMWARE, PCR_EXPOSURE])?;
+            tpm.cap(&[PCR_CODE, PCR_CONFIG, PCR_FIRMWARE, PCR_EXPOSURE]).map_err(Error::Cap)?;
         }
         tpm.release();
         vouched?;
@@ -337,11 +335,7 @@ impl Leaving<'_> {
 }
 
 impl Plan {
-    fn vouch(&self, tpm: &mut Tpm<PhysWindow, TscClock>, header: &mut Header) -> Result<tpm::Ticket, Error> {
-        let value = tpm.read_pcr(HashAlg::SHA256, PCR_EXPOSURE)?;
-        if let Some(value) = value.and_then(|value| value.as_bytes().try_into().ok()) {
-            header.exposure = value;
-        }
+    fn vouch(&self, tpm: &mut Tpm<PhysWindow, TscClock>, header: &Header) -> Result<tpm::Ticket, Error> {
         let root = self.hash.root(header, &self.block, &self.mem)?;
         // From now on nothing that was vouched for in an earlier round is good.
         tpm.extend(header.pcr as u32, &tpm.digests_of(header.round.as_bytes()))?;

@@ -122,8 +122,6 @@ struct Header {
     count: u64,
     /// Their starts and last bytes.
     ram: [[u64; 2]; RAM_MAX],
-    /// PCR 22 in the SHA-256 bank when the old launch ended.
-    exposure: [u8; 32],
 }
 
 const MAGIC: u64 = u64::from_le_bytes(*b"CORDNRLN");
@@ -257,6 +255,8 @@ pub enum Error {
     },
     /// The TPM.
     Tpm(tpm::Error),
+    /// The TPM, after it vouched: this launch's PCRs may have ended or not.
+    Cap(tpm::Error),
     /// The event log of the old launch.
     Log(tpm::LogError),
     /// Page tables.
@@ -275,6 +275,7 @@ impl fmt::Display for Error {
             }
             Self::Changed { range } => write!(f, "memory changed while the guest waited: {range}"),
             Self::Tpm(e) => write!(f, "{e}"),
+            Self::Cap(e) => write!(f, "PCRs could not be capped: {e}"),
             Self::Log(e) => write!(f, "event log of the old launch: {e}"),
             Self::Tables(e) => write!(f, "page tables: {e}"),
         }

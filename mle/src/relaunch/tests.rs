@@ -40,7 +40,6 @@ fn left() -> (Ram, Digest) {
         log: 0x345,
         count: GUEST.len() as u64,
         ram,
-        exposure: [7; 32],
     };
     mem.write(block.at(at::HEADER), header.as_bytes());
     let hash = Hash::new(None);

@@ -72,8 +72,8 @@ impl Parts {
 /// when [`super::call`] said so.
 ///
 /// # Errors
-/// Those of `round`, after which there is no going on.
-pub fn relaunch<E>(
+/// Those of `round`, and of what it brought, after which there is no going on.
+pub fn relaunch<E: From<Error>>(
     cpu: &mut Cpu,
     round: impl FnOnce(&mut Cpu, GapCall, &[u8]) -> Result<Result<Round, Error>, E>,
 ) -> Result<(), E> {
@@ -86,6 +86,12 @@ pub fn relaunch<E>(
             return Ok(());
         }
     };
+    if exposure::any_waits() {
+        // Of another CPU, since the announcement was measured. This launch's PCR 22 has to have it: the call goes on, and leaves
+        // again.
+        services.under_way = Some((call, Phase::Leaving(job)));
+        return Ok(());
+    }
     // It had one when it was admitted.
     let Some(gap) = services.parts.gap_call(&job) else { return Ok(()) };
     cpu.swap_fpu(&mut services.parts.fpu);
@@ -94,10 +100,12 @@ pub fn relaunch<E>(
     cpu.swap_fpu(&mut services.parts.fpu);
     let phase = match brought {
         Ok(round) => {
-            services.resumed(&call, &round);
+            services.resumed(&call, &round)?;
             exposure::record(&services.record_of(&call, Decision::RELAUNCH, round.rax));
             Phase::Returned(job, round.rax)
         }
+        // Some PCRs may have ended.
+        Err(error @ Error::Cap(_)) => return Err(error.into()),
         Err(error) => {
             let status = Status::DEVICE_ERROR;
             let record = services.record_of(&call, Decision::DENIED, status.0 as u64);
@@ -111,14 +119,13 @@ pub fn relaunch<E>(
 
 impl Services {
     /// Another launch has put everything back: what it measured is what counts now, and PCR 22 is zero.
-    fn resumed(&mut self, call: &Call, round: &Round) {
+    fn resumed(&mut self, call: &Call, round: &Round) -> Result<(), Error> {
         let parts = &mut self.parts;
         let room = parts.log.get_mut(..round.log_size).unwrap_or_default();
         parts.mem.read(round.log, room);
         parts.log_used = room.len();
         parts.watch.lock().distrust();
         parts.flush_nested();
-        let now = exposure::now_us(&parts.clock);
-        exposure::record(&Record::relaunched(round.number, round.exposure, call.owner, now));
+        Ok(exposure::relaunched(round.number, call.owner, &parts.clock)?)
     }
 }
