@@ -9,6 +9,7 @@ pub mod compare;
 pub mod denial;
 pub mod devices;
 pub mod disks;
+pub mod edu;
 pub mod emulator;
 pub mod esp;
 #[cfg(test)]
@@ -24,6 +25,7 @@ pub mod probe;
 pub mod pty;
 pub mod qemu;
 pub mod qmp;
+pub mod region;
 pub mod run_dir;
 pub mod senter;
 pub mod skinit;

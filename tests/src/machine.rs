@@ -85,6 +85,8 @@ pub struct Spec {
     pub firmware: Firmware,
     /// Whether the firmware has an implant: `tests/hostile`.
     pub hostile: bool,
+    /// Whether the IOMMU can tell interrupts apart. Linux then gets none from devices: see `qemu::arguments`.
+    pub remaps_interrupts: bool,
     /// TPM interface.
     pub tpm: Tpm,
     /// The TPM's active PCR banks, separated by commas. SHA-256 alone is how machines are sold; each more is one more
@@ -133,6 +135,7 @@ impl Default for Spec {
             cpus: 2,
             firmware: Firmware::Smm,
             hostile: false,
+            remaps_interrupts: false,
             tpm: Tpm::Tis,
             banks: "sha256".to_owned(),
             slb: paths::slb(),

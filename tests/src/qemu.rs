@@ -30,7 +30,8 @@ pub fn arguments(spec: &Spec) -> Vec<String> {
     let (memory, cpus) = (spec.memory, spec.cpus);
     // QEMU's order takes the place of the firmware's own, which variables that are kept are there for.
     let order = if spec.variables.is_none() { ",bootindex=1" } else { "" };
-    // No interrupt remapping: QEMU 7.2 gives an interrupt that a device table entry lets pass as it is (IntCtl 01) the
+    let remap = if spec.remaps_interrupts { "on" } else { "off" };
+    // No interrupt remapping as a rule: QEMU 7.2 gives an interrupt that a device table entry lets pass as it is (IntCtl 01) the
     // vector 0. Without it the IVRS lists no I/O APIC, and Cordon leaves the interrupt fields alone.
     let mut text = format!(
         "-name cordon-bench -nodefaults -display none
@@ -40,7 +41,7 @@ pub fn arguments(spec: &Spec) -> Vec<String> {
          -global driver=cfi.pflash01,property=secure,value={smm}
          -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm0,chardev=tpm
          -device {model},tpmdev=tpm0
-         -device amd-iommu,intremap=off
+         -device amd-iommu,intremap={remap}
          -drive if=none,id=esp,format=raw,file=esp.img -device ide-hd,drive=esp,bus=ide.0{order}
          -serial chardev:console
          -chardev socket,id=channel,path=channel.sock,server=on,wait=off -serial chardev:channel

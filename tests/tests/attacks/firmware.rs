@@ -4,18 +4,18 @@
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use firmware::config::OnDeath;
 use firmware::sandbox::Reason;
 use firmware::service::Service;
 use hv::launch::{LAUNCH_PAGE_SIZE, SLB_SIZE};
 use hv::vcpu::Access;
+use tests::edu::Edu;
 use tests::images;
 use tests::machine::{Boot, Machine, Spec};
 
 use super::guest::Ring0;
-use super::{Edu, Places, SCRATCH, boot, guest, hypercall_at, pcrs, ring0, seen, spec, write};
+use super::{Places, SCRATCH, boot, guest, hypercall_at, pcrs, ring0, seen, spec, write};
 
 const VARIABLES: &str = "/sys/firmware/efi/efivars";
 const VENDOR: &str = "0badf00d-5eed-4bad-8bad-c0de0badc0de";
@@ -111,9 +111,9 @@ fn wrmsr(index: u32, value: u32) -> Vec<u8> {
 /// Has QEMU's `edu`, whose registers are at `edu`, copy eight bytes.
 fn dma(edu: u64, from: u64, to: u64) -> Vec<u8> {
     let mut parts = guest::rax(edu);
-    let steps = [(from, Edu::BUFFER, 1), (Edu::BUFFER, to, 3)];
+    let steps = [(from, Edu::BUFFER, Edu::TAKE), (Edu::BUFFER, to, Edu::GIVE)];
     for (from, to, command) in steps {
-        for (register, value) in [(0x80_u32, from), (0x88, to), (0x90, Edu::LENGTH), (0x98, command)] {
+        for (register, value) in [(0x80_u32, from), (0x88, to), (0x90, 8), (0x98, command)] {
             parts.extend([0x48, 0xba]); // mov rdx, value
             parts.extend(value.to_le_bytes());
             parts.extend([0x48, 0x89, 0x90]); // mov [rax + register], rdx
@@ -245,12 +245,8 @@ fn attacks() -> Vec<Fatal> {
         writes("write the MLE", |g| g.places.mle + 0x2000, |m, g, _| other_at(m, g.places.mle + 0x2000)),
         writes("write the guest's memory", |_| SCRATCH + 8, |m, _, _| other_at(m, SCRATCH + 8)),
         reads("read the MLE", |g| g.places.mle, read64, |_, _, _| true),
-        reads("read nested tables", |g| g.places.mle + g.places.mle_size - (4 << 20), read64, |_, _, _| true),
-        writes(
-            "write nested tables",
-            |g| g.places.mle + g.places.mle_size - (4 << 20),
-            |m, g, _| other_at(m, g.places.mle + g.places.mle_size - (4 << 20)),
-        ),
+        reads("read nested tables", |g| g.places.nested, read64, |_, _, _| true),
+        writes("write nested tables", |g| g.places.nested, |m, g, _| other_at(m, g.places.nested)),
         writes("write the SLB", |g| g.places.slb, |m, g, _| other_at(m, g.places.slb)),
         writes(
             "write the launch page",
@@ -270,6 +266,18 @@ fn attacks() -> Vec<Fatal> {
             |g| dma(g.edu, SCRATCH, SCRATCH + 16),
             |g| memory_reason(g.edu + 0x80, Access::Write),
             Alone::Succeeds(|m, _, _| m.memory(SCRATCH + 16, 8).unwrap() == SECRET.to_le_bytes()),
+        ),
+        fatal(
+            "DMA by a device to nested tables",
+            |g| dma(g.edu, SCRATCH, g.places.nested),
+            |g| memory_reason(g.edu + 0x80, Access::Write),
+            Alone::Succeeds(|m, g, _| m.memory(g.places.nested, 8).unwrap() == SECRET.to_le_bytes()),
+        ),
+        fatal(
+            "DMA by a device to the device table",
+            |g| dma(g.edu, SCRATCH, g.places.device_table),
+            |g| memory_reason(g.edu + 0x80, Access::Write),
+            Alone::Succeeds(|m, g, _| m.memory(g.places.device_table, 8).unwrap() == SECRET.to_le_bytes()),
         ),
         reads("local APIC", |_| APIC + 0x30, read32, |_, _, version| version & 0xf0 == 0x10),
         fatal(
@@ -344,7 +352,7 @@ fn attacks() -> Vec<Fatal> {
 fn hostile(kind: Boot, reserved: &[(u64, u64)], config: Option<&Path>) -> Spec {
     images::build_hostile().expect("implant");
     let config = config.map(Path::to_owned);
-    Spec { hostile: true, config, timeout: Duration::from_secs(120), ..spec(kind, reserved) }
+    Spec { hostile: true, config, ..spec(kind, reserved) }
 }
 
 /// Calls may take long on a loaded bench, but a test need not wait ten seconds for an endless one.
@@ -439,12 +447,17 @@ fn succeeds(machine: &mut Machine, ground: &Ground, attack: &Fatal) {
     }
 }
 
+/// Registers of the device that does DMA.
+fn edu(machine: &mut Machine) -> u64 {
+    Edu::all(machine).unwrap()[0].registers
+}
+
 /// A machine of its own for attacks without Cordon.
 fn alone(places: &Places) -> (Machine, Ground) {
     let reserved =
         [(places.mle, places.mle_size), (places.slb, SLB_SIZE), (places.launch_page, LAUNCH_PAGE_SIZE)];
     let mut machine = start(&hostile(Boot::Native, &reserved, None));
-    let ground = Ground { places: places.clone(), edu: Edu::find(&mut machine).registers };
+    let ground = Ground { places: places.clone(), edu: edu(&mut machine) };
     (machine, ground)
 }
 
@@ -453,8 +466,7 @@ fn all_fail(attacks: &[Fatal], on_death: OnDeath) -> Places {
     let text = if on_death == OnDeath::Restart { "sandbox.on-death = restart" } else { "" };
     let config = config(text);
     let spec = hostile(Boot::Cordon, &[], Some(&config));
-    let ground =
-        |machine: &mut Machine| Ground { places: Places::find(machine), edu: Edu::find(machine).registers };
+    let ground = |machine: &mut Machine| Ground { places: Places::find(machine), edu: edu(machine) };
     let mut machine = start(&spec);
     let mut on = ground(&mut machine);
     for (number, attack) in attacks.iter().enumerate() {
@@ -645,7 +657,7 @@ fn native_firmware_reaches_the_guest_and_nothing_of_cordons() {
     let text = format!("sandbox.on-death = restart\nservice.SetVariable.{VENDOR}:* = native");
     let config = config(&text);
     let mut machine = start(&hostile(Boot::Cordon, &[], Some(&config)));
-    let ground = Ground { places: Places::find(&mut machine), edu: Edu::find(&mut machine).registers };
+    let ground = Ground { places: Places::find(&mut machine), edu: edu(&mut machine) };
     let before = pcrs(&mut machine);
     let done = |machine: &mut Machine, code: &[u8]| match run(machine, code).unwrap() {
         Outcome::Ran(result) => result,
@@ -661,6 +673,15 @@ fn native_firmware_reaches_the_guest_and_nothing_of_cordons() {
     done(&mut machine, &dma(ground.edu, SCRATCH, SCRATCH + 16));
     assert_eq!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());
     assert_eq!(pcrs(&mut machine), before);
+    let Places { mle, nested, device_table, slb, .. } = ground.places;
+    for (what, at) in
+        [("MLE", mle), ("nested tables of a CPU", nested), ("device table", device_table), ("SLB", slb)]
+    {
+        let bytes = machine.memory(at, 8).unwrap();
+        done(&mut machine, &dma(ground.edu, SCRATCH, at));
+        assert_eq!(machine.memory(at, 8).unwrap(), bytes, "{what}");
+        seen(&format!("native firmware: a device writes the {what}"), true);
+    }
 
     // What the guest's kernel has not is not firmware's.
     let pam = [(0xcf8, Port::Out32(PAM)), (0xcfc, Port::In32)];

@@ -4,8 +4,10 @@
 //! machine without Cordon, where it must succeed. `make attacks` counts what they say by `seen`.
 
 mod chipset;
+mod dma;
 mod firmware;
 mod guest;
+mod interrupts;
 mod smm;
 mod tamper;
 
@@ -17,12 +19,15 @@ use ::firmware::service::Service;
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
 use tests::attacks::seen;
+use tests::edu::{self, Prey};
 use tests::machine::{Boot, Machine, Spec};
+use tests::region::Region;
 use tests::{images, paths};
 use zerocopy::FromBytes;
 
 /// RAM that Linux leaves alone, for devices to write and /dev/mem to show.
 const SCRATCH: u64 = 0x1000_0000;
+const SCRATCH_SIZE: u64 = 128 << 20;
 /// Status of a process that a signal ended: SIGILL, SIGSEGV.
 const SIGILL: i32 = 128 + 4;
 const SIGSEGV: i32 = 128 + 11;
@@ -34,6 +39,8 @@ const GP: Ring0 = Ring0::Exception(13);
 struct Target {
     machine: Machine,
     places: Places,
+    /// What a device is to reach. Found under Cordon.
+    prey: Vec<Prey>,
     protected: bool,
 }
 
@@ -46,6 +53,10 @@ struct Places {
     launch_page: u64,
     /// First and last byte of each piece of EFI runtime code and data.
     runtime: Vec<(u64, u64)>,
+    /// Root of a CPU's nested tables.
+    nested: u64,
+    /// The device table.
+    device_table: u64,
 }
 
 fn boot(spec: &Spec) -> Machine {
@@ -57,16 +68,15 @@ fn boot(spec: &Spec) -> Machine {
     machine
 }
 
-/// A machine whose kernel lets root use the registers of devices that have drivers, and with a device that does DMA
-/// on command. `reserved` is memory that Linux is to leave alone, so that /dev/mem shows it.
+/// A machine whose kernel lets root use the registers of devices that have drivers, and with devices that do DMA on
+/// command. `reserved` is memory that Linux is to leave alone, so that /dev/mem shows it.
 fn spec(boot: Boot, reserved: &[(u64, u64)]) -> Spec {
     // Natively Linux' own IOMMU driver would stop the device.
     let mut cmdline = "iomem=relaxed msr.allow_writes=on amd_iommu=off".to_owned();
-    for (base, size) in [(SCRATCH, 0x1_0000)].iter().chain(reserved) {
+    for (base, size) in [(SCRATCH, SCRATCH_SIZE)].iter().chain(reserved) {
         cmdline.push_str(&format!(" memmap={size:#x}${base:#x}"));
     }
-    let qemu_args = ["-device", "edu,dma_mask=0xffffffff"].map(str::to_owned).to_vec();
-    Spec { boot, cmdline, qemu_args, ..Spec::default() }
+    Spec { boot, cmdline, qemu_args: edu::arguments(), ..Spec::default() }
 }
 
 /// The number in hexadecimal that follows the first `before` in `text`.
@@ -77,8 +87,8 @@ fn number_after(text: &str, before: &str) -> u64 {
 }
 
 impl Places {
-    /// From what the loader says on the console, and the event log.
-    fn find(machine: &mut Machine) -> Self {
+    /// From what the loader says on the console; not what only the launch knows.
+    fn on_console(machine: &Machine) -> Self {
         let console = machine.console();
         let at = |line: &str| {
             let (_, rest) = console.split_once(line).unwrap_or_else(|| panic!("no {line:?} on the console"));
@@ -86,6 +96,19 @@ impl Places {
         };
         let image = fs::read(paths::mle()).unwrap();
         let (header, _) = MleHeader::read_from_prefix(&image).unwrap();
+        Self {
+            mle: at("cordon-mle "),
+            mle_size: header.region_size.get(),
+            slb: at("cordon-slb "),
+            launch_page: at("cordon: SKINIT ") & !0xfff,
+            runtime: vec![],
+            nested: 0,
+            device_table: 0,
+        }
+    }
+
+    /// Also from the event log and the MLE's memory.
+    fn find(machine: &mut Machine) -> Self {
         let log = machine.run("cat /sys/firmware/efi/efivars/DrtmLog-*").unwrap().bytes;
         let log = String::from_utf8_lossy(&log).into_owned();
         let runtime = log
@@ -94,13 +117,10 @@ impl Places {
             .map(|name| (number_after(name, "0x"), number_after(name.split_once('-').unwrap().1, "0x")))
             .collect::<Vec<_>>();
         assert!(!runtime.is_empty(), "the log names no runtime regions");
-        Self {
-            mle: at("cordon-mle "),
-            mle_size: header.region_size.get(),
-            slb: at("cordon-slb "),
-            launch_page: at("cordon: SKINIT ") & !0xfff,
-            runtime,
-        }
+        let places = Self { runtime, ..Self::on_console(machine) };
+        let region = Region::of(machine, places.mle, places.mle_size).unwrap();
+        let device_table = dma::device_entry(machine, 0);
+        Self { nested: region.nested(1).unwrap(), device_table, ..places }
     }
 
     /// What nobody but Cordon may reach: memory of each kind, at its ends and inside.
@@ -211,7 +231,7 @@ fn reach(what: &str) -> String {
 
 /// Reads and writes what must not be reached. Where nothing protects it, what is written is there.
 fn memory(target: &mut Target) {
-    let Target { machine, places, protected } = target;
+    let Target { machine, places, protected, .. } = target;
     let closed = places.closed();
     if !*protected {
         for (what, at) in closed {
@@ -446,7 +466,7 @@ fn ring0(machine: &mut Machine, page: u64, code: &[u8]) -> Ring0 {
 
 /// Uses SVM from the guest's kernel.
 fn svm_instructions(target: &mut Target) {
-    let Target { machine, places, protected } = target;
+    let Target { machine, places, protected, .. } = target;
     // The way in: instructions run, and exceptions are seen.
     assert_eq!(ring0(machine, SCRATCH, &[0xb0, 7]), Ring0::Ran(7));
     assert_eq!(ring0(machine, SCRATCH, &[0x0f, 0x0b]), UD);
@@ -484,7 +504,7 @@ fn svm_instructions(target: &mut Target) {
 
 /// Makes Cordon write for the guest: a runtime service whose results go to memory that is not the guest's.
 fn hypercalls_of_kernels(target: &mut Target) {
-    let Target { machine, places, protected } = target;
+    let Target { machine, places, protected, .. } = target;
     if !*protected {
         // Nobody is there to call.
         assert_eq!(ring0(machine, SCRATCH, &guest::VMMCALL), UD);
@@ -531,88 +551,10 @@ fn hypercalls_of_kernels(target: &mut Target) {
     }
 }
 
-/// Has a device copy memory: QEMU's `edu`, a buffer and a DMA engine.
-///
-/// Spec: QEMU "EDU device".
-struct Edu {
-    registers: u64,
-}
-
-impl Edu {
-    const BUFFER: u64 = 0x4_0000;
-    const LENGTH: u64 = 8;
-
-    fn find(machine: &mut Machine) -> Self {
-        // Memory and bus master on, then the first resource's first number.
-        let script =
-            "cd /sys/bus/pci/devices/$(cd /sys/bus/pci/devices && grep -l 0x11e8 */device | cut -d/ -f1) &&
-            printf '\\x06' | dd of=config bs=1 seek=4 conv=notrunc status=none && head -n1 resource";
-        Self { registers: number_after(&machine.check(script).unwrap(), "0x") }
-    }
-
-    fn copy(&self, machine: &mut Machine, from: u64, to: u64, command: u64) {
-        let mut script = String::new();
-        for (register, value) in [(0x80, from), (0x88, to), (0x90, Self::LENGTH), (0x98, command)] {
-            script.push_str(&format!("devmem {:#x} 64 {value:#x} &&\n", self.registers + register));
-        }
-        let command = self.registers + 0x98;
-        script.push_str(&format!("while [ $(($(devmem {command:#x} 64) & 1)) = 1 ]; do usleep 20000; done"));
-        machine.check(&script).unwrap();
-    }
-
-    fn take(&self, machine: &mut Machine, from: u64) {
-        self.copy(machine, from, Self::BUFFER, 1);
-    }
-
-    fn give(&self, machine: &mut Machine, to: u64) {
-        self.copy(machine, Self::BUFFER, to, 3);
-    }
-}
-
-/// Has a device read and write what the CPU may not.
-fn dma(target: &mut Target) {
-    const OLD: u64 = 0x0123_4567_89ab_cdef;
-    const NEW: u64 = 0xfedc_ba98_7654_3210;
-    let Target { machine, places, protected } = target;
-    let edu = Edu::find(machine);
-    let word =
-        |machine: &mut Machine, at| u64::from_le_bytes(machine.memory(at, 8).unwrap().try_into().unwrap());
-    // In the guest's memory the device does as it is told.
-    write(machine, SCRATCH, NEW);
-    write(machine, SCRATCH + 8, OLD);
-    edu.take(machine, SCRATCH);
-    edu.give(machine, SCRATCH + 16);
-    assert_eq!(read(machine, SCRATCH + 16), NEW);
-    let (runtime, _) = places.runtime[0];
-    for (what, at) in [
-        ("MLE", places.mle),
-        ("device table", places.mle + places.mle_size - (4 << 20)),
-        ("SLB", places.slb),
-        ("EFI runtime data", runtime),
-    ] {
-        let before = word(machine, at);
-        edu.take(machine, SCRATCH);
-        edu.give(machine, at);
-        let after = word(machine, at);
-        edu.take(machine, SCRATCH + 8);
-        edu.take(machine, at);
-        edu.give(machine, SCRATCH + 24);
-        let found = read(machine, SCRATCH + 24);
-        if *protected {
-            assert_eq!(after, before, "{at:#x} changed");
-            assert!(found != before || before == 0, "{at:#x} was read: {found:#x}");
-        } else {
-            assert_eq!((after, found), (NEW, NEW), "{at:#x}");
-            write(machine, at, before);
-        }
-        seen(&format!("guest: a device reads and writes the {what}"), *protected);
-    }
-}
-
 /// Reads the launch page through its neighbour a MiB above, with address line 20 masked: SKINIT sets VM_CR.DIS_A20M,
 /// which makes the CPU ignore the mask.
 fn a20(target: &mut Target) {
-    let Target { machine, places, protected } = target;
+    let Target { machine, places, protected, .. } = target;
     let closed = places.launch_page;
     let neighbour = closed | 1 << 20;
     let code = guest::a20(SCRATCH, neighbour);
@@ -638,18 +580,20 @@ fn pcrs(machine: &mut Machine) -> [String; 3] {
 
 /// Runs all attacks, and says which did not come to what they should.
 fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
-    let attacks: [(&str, fn(&mut Target)); 11] = [
+    let attacks: [(&str, fn(&mut Target)); 13] = [
         ("memory", memory),
         ("tpm_locality", tpm_locality),
         ("iommu_registers", iommu_registers),
         ("chipset_registers", chipset::registers),
         ("chipset_register_block", chipset::register_block),
+        ("configuration_window", chipset::configuration_window),
+        ("decoders", chipset::decoders),
         ("msrs", msrs),
         ("cpuid", cpuid),
         ("hypercalls_of_programs", hypercalls_of_programs),
         ("svm_instructions", svm_instructions),
         ("hypercalls_of_kernels", hypercalls_of_kernels),
-        ("dma", dma),
+        ("dma", dma::devices),
     ];
     let mut failures = BTreeMap::new();
     for (name, attack) in attacks {
@@ -667,7 +611,8 @@ fn no_attack_of_a_guests_root_succeeds_and_all_do_without_cordon() {
     let mut machine = boot(&spec(Boot::Cordon, &[]));
     let places = Places::find(&mut machine);
     let before = pcrs(&mut machine);
-    let mut target = Target { machine, places: places.clone(), protected: true };
+    let prey = dma::prey(&mut machine, &places);
+    let mut target = Target { machine, places: places.clone(), prey: prey.clone(), protected: true };
     let failures = attack(&mut target);
     assert!(failures.is_empty(), "under Cordon: {failures:#?}\n{}", target.machine.diagnosis());
     // The guest lives on, the launch too.
@@ -679,7 +624,7 @@ fn no_attack_of_a_guests_root_succeeds_and_all_do_without_cordon() {
     let reserved =
         [(places.mle, places.mle_size), (places.slb, SLB_SIZE), (places.launch_page, LAUNCH_PAGE_SIZE)];
     let machine = boot(&spec(Boot::Native, &reserved));
-    let mut target = Target { machine, places, protected: false };
+    let mut target = Target { machine, places, prey, protected: false };
     let failures = attack(&mut target);
     assert!(failures.is_empty(), "without Cordon: {failures:#?}\n{}", target.machine.diagnosis());
     target.machine.power_off().unwrap();
@@ -691,6 +636,6 @@ fn address_line_20_masks_nothing() {
     let mut machine = boot(&spec(Boot::Cordon, &[]));
     let places = Places::find(&mut machine);
     let native = boot(&spec(Boot::Native, &[]));
-    a20(&mut Target { machine: native, places: places.clone(), protected: false });
-    a20(&mut Target { machine, places, protected: true });
+    a20(&mut Target { machine: native, places: places.clone(), prey: vec![], protected: false });
+    a20(&mut Target { machine, places, prey: vec![], protected: true });
 }
