@@ -85,6 +85,8 @@ pub struct Spec {
     pub firmware: Firmware,
     /// Whether the firmware has an implant: `tests/hostile`.
     pub hostile: bool,
+    /// What that leaves devices to do: `tests/hostile/src/dma.rs`.
+    pub devices_at_work: Option<String>,
     /// Whether the IOMMU can tell interrupts apart. Linux then gets none from devices: see `qemu::arguments`.
     pub remaps_interrupts: bool,
     /// TPM interface.
@@ -135,6 +137,7 @@ impl Default for Spec {
             cpus: 2,
             firmware: Firmware::Smm,
             hostile: false,
+            devices_at_work: None,
             remaps_interrupts: false,
             tpm: Tpm::Tis,
             banks: "sha256".to_owned(),
@@ -201,6 +204,7 @@ impl Spec {
                 }
             };
             items.push(text("next.txt", options));
+            items.extend(self.devices_at_work.iter().map(|orders| text("dma.txt", orders.clone())));
         }
         if self.board == Board::Intel {
             let mut records = Records::default();

@@ -7,7 +7,7 @@ use uefi::boot::{self, LoadImageSource, MemoryType};
 use uefi::proto::loaded_image::LoadedImage;
 use uefi::{Status, cstr16, entry};
 
-use crate::driver;
+use crate::{dma, driver};
 
 #[entry]
 fn main() -> Status {
@@ -20,6 +20,7 @@ fn main() -> Status {
         return Status::SUCCESS;
     }
     load_driver();
+    dma::prepare();
     start_next(device.expect("own device"), |_, _| ())
 }
 

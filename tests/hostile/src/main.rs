@@ -2,7 +2,7 @@
 //!
 //! Boots in place of Cordon's loader, loads itself once more as a runtime driver, and starts what the disk's `next.efi` is,
 //! with the text of `next.txt` as its options. The driver stands before the variable services and does what the guest asks
-//! it to through variables of one vendor GUID.
+//! it to through variables of one vendor GUID. Devices go on with what `dma.txt` says, if it is there.
 #![cfg_attr(target_os = "uefi", no_std, no_main)]
 
 #[cfg(target_os = "uefi")]
@@ -10,6 +10,8 @@ extern crate alloc;
 
 #[cfg(target_os = "uefi")]
 mod application;
+#[cfg(target_os = "uefi")]
+mod dma;
 #[cfg(target_os = "uefi")]
 mod driver;
 

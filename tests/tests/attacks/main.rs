@@ -6,6 +6,7 @@
 mod chipset;
 mod dma;
 mod firmware;
+mod gap;
 mod guest;
 mod interrupts;
 mod smm;
