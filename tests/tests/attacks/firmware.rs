@@ -17,11 +17,11 @@ use tests::machine::{Boot, Machine, Spec};
 use super::guest::Ring0;
 use super::{Places, SCRATCH, boot, guest, hypercall_at, pcrs, ring0, seen, spec, write};
 
-const VARIABLES: &str = "/sys/firmware/efi/efivars";
-const VENDOR: &str = "0badf00d-5eed-4bad-8bad-c0de0badc0de";
+pub const VARIABLES: &str = "/sys/firmware/efi/efivars";
+pub const VENDOR: &str = "0badf00d-5eed-4bad-8bad-c0de0badc0de";
 /// What a page of the guest holds.
-const SECRET: u64 = 0x5ec2_e700_5ec2_e700;
-const OTHER: u64 = 0x0bad_0bad_0bad_0bad;
+pub const SECRET: u64 = 0x5ec2_e700_5ec2_e700;
+pub const OTHER: u64 = 0x0bad_0bad_0bad_0bad;
 const RET: u8 = 0xc3;
 
 /// Places in the implant's plan: `tests/hostile/src/driver.rs`.
@@ -39,7 +39,7 @@ mod plan {
 
 /// What came of code that the implant was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Outcome {
+pub enum Outcome {
     /// It ran, and left this in RAX.
     Ran(u64),
     /// The variable could not be written or read: the shell's message.
@@ -67,7 +67,7 @@ fn order(code: &[u8]) -> (String, String) {
 }
 
 /// Has the implant run code.
-fn run(machine: &mut Machine, code: &[u8]) -> anyhow::Result<Outcome> {
+pub fn run(machine: &mut Machine, code: &[u8]) -> anyhow::Result<Outcome> {
     let (order, file) = order(code);
     let output = machine.run(&format!("{{ {order} && tail -c +5 {file} | xxd -p; }} 2>&1"))?;
     let text = output.text().trim().to_owned();
@@ -77,7 +77,7 @@ fn run(machine: &mut Machine, code: &[u8]) -> anyhow::Result<Outcome> {
 
 // Code for the implant.
 
-fn code(parts: &[&[u8]]) -> Vec<u8> {
+pub fn code(parts: &[&[u8]]) -> Vec<u8> {
     [parts.concat().as_slice(), &[RET]].concat()
 }
 
@@ -93,9 +93,14 @@ fn read8(at: u64) -> Vec<u8> {
     code(&[&guest::rax(at), &[0x0f, 0xb6, 0x00]]) // movzx eax, byte [rax]
 }
 
-fn write64(at: u64, value: u64) -> Vec<u8> {
+pub fn write64(at: u64, value: u64) -> Vec<u8> {
     // mov rdx, value; mov [rax], rdx
     code(&[&guest::rax(at), &[0x48, 0xba], &value.to_le_bytes(), &[0x48, 0x89, 0x10]])
+}
+
+pub fn write32(at: u64, value: u32) -> Vec<u8> {
+    // mov dword [rax], value
+    code(&[&guest::rax(at), &[0xc7, 0x00], &value.to_le_bytes()])
 }
 
 fn rdmsr(index: u32) -> Vec<u8> {
@@ -109,7 +114,7 @@ fn wrmsr(index: u32, value: u32) -> Vec<u8> {
 }
 
 /// Has QEMU's `edu`, whose registers are at `edu`, copy eight bytes.
-fn dma(edu: u64, from: u64, to: u64) -> Vec<u8> {
+pub fn dma(edu: u64, from: u64, to: u64) -> Vec<u8> {
     let mut parts = guest::rax(edu);
     let steps = [(from, Edu::BUFFER, Edu::TAKE), (Edu::BUFFER, to, Edu::GIVE)];
     for (from, to, command) in steps {
@@ -222,7 +227,7 @@ fn writes(
     )
 }
 
-fn other_at(machine: &mut Machine, at: u64) -> bool {
+pub fn other_at(machine: &mut Machine, at: u64) -> bool {
     machine.memory(at, 8).unwrap() == OTHER.to_le_bytes()
 }
 
@@ -349,14 +354,14 @@ fn attacks() -> Vec<Fatal> {
 }
 
 /// A firmware with the implant.
-fn hostile(kind: Boot, reserved: &[(u64, u64)], config: Option<&Path>) -> Spec {
+pub fn hostile(kind: Boot, reserved: &[(u64, u64)], config: Option<&Path>) -> Spec {
     images::build_hostile().expect("implant");
     let config = config.map(Path::to_owned);
     Spec { hostile: true, config, ..spec(kind, reserved) }
 }
 
 /// Calls may take long on a loaded bench, but a test need not wait ten seconds for an endless one.
-fn config(text: &str) -> tempfile::TempPath {
+pub fn config(text: &str) -> tempfile::TempPath {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(file.path(), format!("sandbox.budget-ms = 3000\n{text}\n")).unwrap();
     file.into_temp_path()
@@ -385,7 +390,7 @@ fn in_place(machine: &mut Machine) {
     assert_eq!(run(machine, &code(&[&guest::rax(SECRET)])).unwrap(), Outcome::Ran(SECRET));
 }
 
-fn start(spec: &Spec) -> Machine {
+pub fn start(spec: &Spec) -> Machine {
     let mut machine = boot(spec);
     in_place(&mut machine);
     write(&mut machine, SCRATCH, SECRET);

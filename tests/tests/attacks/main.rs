@@ -9,6 +9,7 @@ mod firmware;
 mod gap;
 mod guest;
 mod interrupts;
+mod relaunch;
 mod smm;
 mod tamper;
 

@@ -1,0 +1,149 @@
+//! Attacks of firmware between two launches (policy `relaunch`): there it has the bare machine, and all it can gain is that
+//! the guest does not go on.
+
+use std::fs;
+
+use hv::addr::PAGE_SIZE;
+use hv::launch::{RELAUNCH_MLE, relaunch_size};
+use sha2::{Digest, Sha256};
+use tests::machine::{Boot, Machine, Spec};
+use tests::paths;
+
+use super::firmware::{OTHER, SECRET, VARIABLES, VENDOR, config, dma, hostile, run, start, write32};
+use super::{Edu, Places, SCRATCH, number_after, seen};
+
+// Where in the rest of the block things are handed over: `mle/src/relaunch/mod.rs`.
+const ROUND: u64 = 8;
+const PAGE_0: u64 = 0x3000;
+const LOG: u64 = 0x3_0000;
+const SLB: u64 = 0x4_0000;
+const DIGESTS: u64 = 0x20_0000;
+/// A word of the SLB's header that nobody reads: the SLB runs as before.
+const SLB_RESERVED: u64 = 12;
+
+/// A machine whose firmware has its way between two launches, and where things are.
+struct Ground {
+    machine: Machine,
+    /// The memory that the loader keeps for this policy.
+    block: u64,
+    region: u64,
+}
+
+impl Ground {
+    fn start() -> Self {
+        let config = config(&format!("log = info\nservice.SetVariable.{VENDOR}:* = relaunch"));
+        let spec = hostile(Boot::Cordon, &[], Some(&config));
+        let mut machine = start(&Spec { relaunch: true, cpus: 1, memory: 1024, ..spec });
+        let region = Places::find(&mut machine).mle_size;
+        // What the new launch of a first call said.
+        let block = number_after(&machine.console(), "a guest waits in 0x");
+        Self { machine, block, region }
+    }
+
+    /// The copy of the old MLE region.
+    fn copy(&self) -> u64 {
+        self.block + self.region
+    }
+
+    /// What is handed over, at `offset`.
+    fn rest(&self, offset: u64) -> u64 {
+        assert!(offset < relaunch_size(self.region) - 2 * self.region);
+        self.block + 2 * self.region + offset
+    }
+}
+
+/// What is written where, and what the new launch says about it.
+struct Change {
+    name: &'static str,
+    at: fn(&mut Ground) -> u64,
+    reason: &'static str,
+}
+
+const BETWEEN: &str = "firmware between launches:";
+const BY_DEVICE: &str = "have a device write the guest's memory";
+const UNKNOWN: &str = "the TPM does not know this hand-over";
+const CHANGED: &str = "memory changed while the guest waited";
+
+/// Bytes of the MLE's file.
+fn mle_size() -> u64 {
+    fs::metadata(paths::mle()).unwrap().len()
+}
+
+/// Where the old launch's event log has the kernel's digest.
+fn kernel_digest(ground: &mut Ground) -> u64 {
+    let digest = Sha256::digest(fs::read(paths::kernel()).unwrap());
+    let log = ground.machine.run(&format!("tail -c +5 {VARIABLES}/DrtmLog-*")).unwrap().bytes;
+    let at = log.windows(digest.len()).position(|bytes| bytes == digest.as_slice()).expect("kernel's digest");
+    ground.rest(LOG + at as u64)
+}
+
+const CHANGES: [Change; 10] = [
+    Change { name: "a page of the guest", at: |_| SCRATCH, reason: CHANGED },
+    Change { name: "a page of the guest that was all zeros", at: |_| SCRATCH + 0x8000, reason: CHANGED },
+    // It is off the MLE's own map, and verified as a copy.
+    Change { name: "page 0 of the guest", at: |g| g.rest(PAGE_0), reason: CHANGED },
+    Change { name: "the old MLE's code", at: |g| g.copy() + 0x2000, reason: CHANGED },
+    Change { name: "the old MLE's data", at: |g| g.copy() + mle_size() + PAGE_SIZE, reason: CHANGED },
+    Change { name: "the round's number", at: |g| g.rest(ROUND), reason: UNKNOWN },
+    Change { name: "a digest of guest memory", at: |g| g.rest(DIGESTS), reason: UNKNOWN },
+    Change { name: "the kernel's digest", at: kernel_digest, reason: UNKNOWN },
+    Change { name: "the next SLB", at: |g| g.rest(SLB + SLB_RESERVED), reason: UNKNOWN },
+    // The last word of the file fills its last page.
+    Change { name: "the next MLE", at: |g| g.rest(RELAUNCH_MLE + mle_size() - 8), reason: UNKNOWN },
+];
+
+/// A guest whose machine firmware changes between two launches does not go on, and the serial line says why.
+fn ends(mut ground: Ground, change: &Change) {
+    let at = (change.at)(&mut ground);
+    let machine = &mut ground.machine;
+    // Four bytes: the word behind the SLB's reserved one is code.
+    let error = match run(machine, &write32(at, OTHER as u32)) {
+        Err(error) => error.to_string(),
+        Ok(outcome) => panic!("{}: {outcome:x?}", change.name),
+    };
+    let console = machine.console();
+    assert!(
+        error.contains("guest-reset") && !error.contains("triple"),
+        "{}: {error}\n{console}",
+        change.name
+    );
+    let reason = console.lines().any(|line| line.contains("FATAL") && line.contains(change.reason));
+    assert!(reason, "{}: no {:?} in {console}", change.name, change.reason);
+    seen(&format!("{BETWEEN} change {}", change.name), true);
+}
+
+/// Firmware that changes nothing of the guest comes back, with what its code left; what ends the machine is a change.
+#[test]
+fn firmware_between_launches_changes_nothing_of_the_guest() {
+    let mut ground = Ground::start();
+    let machine = &mut ground.machine;
+    // The guest's devices do not write meanwhile.
+    let edu = Edu::find(machine).registers;
+    run(machine, &dma(edu, SCRATCH, SCRATCH + 16)).unwrap();
+    assert_ne!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());
+    seen(&format!("{BETWEEN} {BY_DEVICE}"), true);
+    assert_eq!(machine.player().unwrap().launches().len(), 3);
+    ends(ground, &CHANGES[0]);
+}
+
+/// Each piece that the guest's going on depends on.
+#[test]
+#[ignore = "takes a machine each; `make test-all` runs it"]
+fn each_change_between_launches_ends_the_machine() {
+    CHANGES.iter().skip(1).for_each(|change| ends(Ground::start(), change));
+}
+
+/// What firmware does there works on a machine that nothing protects.
+#[test]
+fn firmware_that_nothing_watches_changes_the_guest() {
+    let mut machine = start(&hostile(Boot::Native, &[], None));
+    let edu = Edu::find(&mut machine).registers;
+    run(&mut machine, &dma(edu, SCRATCH, SCRATCH + 16)).unwrap();
+    assert_eq!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());
+    seen(&format!("{BETWEEN} {BY_DEVICE}"), false);
+    for (change, at) in CHANGES.iter().zip([SCRATCH, SCRATCH + 0x8000]) {
+        run(&mut machine, &write32(at, OTHER as u32)).unwrap();
+        assert_eq!(machine.memory(at, 4).unwrap(), (OTHER as u32).to_le_bytes());
+        seen(&format!("{BETWEEN} change {}", change.name), false);
+    }
+}
