@@ -126,6 +126,7 @@ fn check(said: &str, xsave: bool) {
         assert!(end.starts_with(expected), "the sandbox ends by {end}, not {expected}: {said}");
     }
     assert_eq!(ends.next(), None);
+    assert!(said.contains("\nchanged code: [Write, Fetch], Cpuid"), "{said}");
     // The timer's interrupt by the old controller, whose vector the BIOS left at that of a double fault.
     assert!(said.contains("\nlost: Some(8)"), "{said}");
     // And with it that the guest's CR2 and KERNEL_GS_BASE are as they were.

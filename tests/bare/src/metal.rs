@@ -221,6 +221,8 @@ pub extern "sysv64" fn main() -> ! {
     for end in ends {
         say!("sandbox: {end}");
     }
+    let (answered, end) = sandbox::change_code(vendor, &space, &mut pool, &mut cpu, own_cr3);
+    say!("changed code: {answered:?}, {end}");
     // SAFETY: CPL 0 on bare metal.
     let lost = sandbox::lose_interrupt(&mut cpu, unsafe { Ports::new() });
     say!("lost: {lost:?}");
