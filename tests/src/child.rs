@@ -1,6 +1,6 @@
 //! Child processes that do not outlive the bench.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -32,6 +32,17 @@ impl Guarded {
     /// The process's number.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// CPU time that its threads have used, to ten milliseconds.
+    ///
+    /// Spec: proc(5), `/proc/pid/stat`, fields 14 and 15.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id()))?;
+        // The second field is a name in parentheses.
+        let (_, rest) = stat.rsplit_once(')').context("/proc/pid/stat")?;
+        let ticks: u64 = rest.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+        Ok(Duration::from_millis(ticks.saturating_mul(10)))
     }
 
     /// Its standard input and output, when it was given pipes and they were not asked for before.

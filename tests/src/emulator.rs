@@ -26,6 +26,9 @@ pub trait Emulator {
     /// Changes physical memory past all that protects it, while the machine stands still.
     fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
 
+    /// CPU time of the host that it has used.
+    fn cpu_time(&self) -> Result<Duration>;
+
     /// Plugs a device in; `device` is what QEMU's `device_add` takes.
     fn plug(&mut self, device: &Value) -> Result<()>;
 

@@ -449,6 +449,11 @@ impl Machine {
         self.emulator.write_memory(at, bytes)
     }
 
+    /// CPU time of the host that the emulator has used.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        self.emulator.cpu_time()
+    }
+
     /// Plugs a device in; `device` is what QEMU's `device_add` takes.
     pub fn plug(&mut self, device: &Value) -> Result<()> {
         self.emulator.plug(device)

@@ -148,6 +148,10 @@ impl Emulator for Qemu {
         gdb.detach()
     }
 
+    fn cpu_time(&self) -> Result<Duration> {
+        self.process.cpu_time()
+    }
+
     fn plug(&mut self, device: &Value) -> Result<()> {
         self.qmp.execute_with("device_add", device)
     }

@@ -211,6 +211,10 @@ impl Emulator for Bochs {
         self.request(|reply| Request::Write { at, bytes: bytes.to_vec(), reply })
     }
 
+    fn cpu_time(&self) -> Result<Duration> {
+        self.process.cpu_time()
+    }
+
     fn plug(&mut self, _device: &Value) -> Result<()> {
         bail!("Bochs' devices are there from the start")
     }
