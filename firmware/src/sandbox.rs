@@ -26,8 +26,8 @@ const RTC_DATA: u16 = 0x71;
 /// Writes raise a software SMI. The ACPI table that may name another port is firmware's own word, and would give the sandbox
 /// the port it likes: another counts for it only if the configuration lists it, too.
 pub const SMI_COMMAND: u16 = 0xb2;
-/// A byte that travels with the SMI; writing it does nothing.
-const SMI_DATA: u16 = 0xb3;
+/// A byte that travels with the SMI; writing it does nothing, and takes no exit.
+pub const SMI_DATA: u16 = 0xb3;
 
 /// Why the sandbox is dead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

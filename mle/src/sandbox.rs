@@ -11,7 +11,7 @@ use firmware::config::{Config, OnDeath};
 use firmware::deferred::Overlay;
 use firmware::memmap::{MemoryMap, MemoryType, Region};
 use firmware::policy::Policy;
-use firmware::sandbox::Sandbox;
+use firmware::sandbox::{SMI_DATA, Sandbox};
 use firmware::service::Service;
 use firmware::smm::communicate::find_core_private;
 use firmware::tables::FirmwareTables;
@@ -148,6 +148,8 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
     config.sandbox.msrs.iter().for_each(|&index| msrs.allow_read(index));
     let ports: &mut PortMap = pool.object().ok_or(none("the port map", size_of::<PortMap>() as u64))?;
     ports.close();
+    // EDK2 writes it before each SMI.
+    ports.allow(SMI_DATA);
     let maps = (maps_from, pool.mark());
     let vm = Vm {
         vendor,

@@ -96,6 +96,13 @@ impl Iopm {
         }
     }
 
+    /// Lets accesses of a port through, as far as they reach no other that exits.
+    pub fn allow(&mut self, port: u16) {
+        if let Some(slot) = self.0.get_mut(usize::from(port >> 3)) {
+            *slot &= !(1 << (port & 7));
+        }
+    }
+
     /// Whether an access of `size` bytes to `port` exits.
     pub fn intercepts(&self, port: u16, size: u8) -> bool {
         (0..u32::from(size)).any(|i| {
@@ -147,5 +154,10 @@ mod tests {
         assert!(!m.intercepts(0xffff, 4));
         m.close();
         assert!(m.intercepts(0xffff, 4));
+        m.allow(0xb3);
+        assert!(!m.intercepts(0xb3, 1));
+        assert!(
+            m.intercepts(0xb2, 1) && m.intercepts(0xb2, 2) && m.intercepts(0xb3, 2) && m.intercepts(0xb4, 1)
+        );
     }
 }
