@@ -3,14 +3,13 @@
 //! UNSAFETY: the instruction that gives random numbers.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
-use core::fmt::Display;
-use core::mem::replace;
+use core::fmt::{Display, Write};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::SMI_COMMAND;
 use firmware::service::Service;
-use firmware::smm::check::Guarded;
+use firmware::smm::check::{GuardError, Guarded};
 use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
 use firmware::smm::facts::{self, Facts};
 use heapless::Vec;
@@ -40,7 +39,7 @@ const ECHO_US: u64 = 1_000_000;
 static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
 /// What SMM must not have changed.
-static GUARD: Mutex<Guard> = Mutex::new(Guard { sums: Guarded::EMPTY, mem: None });
+static GUARD: Mutex<Guard> = Mutex::new(Guard { sums: Guarded::EMPTY, mem: None, left_out: 0 });
 
 /// A look costs as much as a firmware call; so often it may.
 const LOOK_PERIOD_US: u64 = 100_000;
@@ -53,6 +52,30 @@ struct Guard {
     sums: Guarded,
     /// There is something to look at.
     mem: Option<Identity>,
+    /// Pieces of memory for which there was no room.
+    left_out: u32,
+}
+
+impl Guard {
+    /// Of what is not looked at the first is told; `Status` has the number.
+    fn leave_out(&mut self, error: GuardError) {
+        if self.left_out == 0 {
+            warn!("not all of the MLE is looked at after an SMI: {error}");
+        }
+        self.left_out = self.left_out.saturating_add(1);
+    }
+}
+
+/// Writes how much is looked at after an SMI, and how many pieces found no room.
+pub fn write_guarded(out: &mut impl Write) {
+    let guard = GUARD.lock();
+    let (regions, pages, sets) = guard.sums.counts();
+    // A full buffer ends the report early.
+    let _ = writeln!(
+        out,
+        "looked at after SMIs: {regions} regions, {pages} pages, {sets} virtual CPUs; {} left out",
+        guard.left_out
+    );
 }
 
 /// Whether the guest may raise software SMIs.
@@ -90,24 +113,21 @@ pub fn guard(mem: Identity) {
 
 /// For adding to what is looked at.
 pub fn looked_at(mem: Identity) -> Adding {
-    Adding { guard: GUARD.lock(), mem, full: false }
+    Adding { guard: GUARD.lock(), mem }
 }
 
 /// Adds to what is looked at. No CPU looks meanwhile.
 pub struct Adding {
     guard: MutexGuard<'static, Guard>,
     mem: Identity,
-    full: bool,
 }
 
 impl Adding {
     /// Adds the bits of `mask` of each word of `range`.
     pub fn bits(&mut self, range: Option<PhysRange>, mask: u64) {
         let Some(range) = range else { return };
-        if let Err(error) = self.guard.sums.add(range, mask, &self.mem)
-            && !replace(&mut self.full, true)
-        {
-            warn!("not all of the MLE is looked at after an SMI: {error}");
+        if let Err(error) = self.guard.sums.add(range, mask, &self.mem) {
+            self.guard.leave_out(error);
         }
     }
 
@@ -138,7 +158,7 @@ pub fn with_vcpu<'a>(page: VcpuPage, vendor: Vendor, make: impl FnOnce() -> Vcpu
     if let (Some(mem), Some((base, words))) = (guard.mem, page.constant(vendor))
         && let Err(error) = guard.sums.set_words(base, words, &mem)
     {
-        warn!("a virtual CPU is not looked at after an SMI: {error}");
+        guard.leave_out(error);
     }
     vcpu
 }

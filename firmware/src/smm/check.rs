@@ -129,6 +129,11 @@ impl Guarded {
         self.sets.push(set).map_err(|_| GuardError::WordSets)
     }
 
+    /// How many regions, pages and sets of words are guarded.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.regions.len(), self.sums.len(), self.sets.len())
+    }
+
     /// The first page that changed; a page that cannot be read any more has.
     pub fn check(&self, mem: &impl PhysMem) -> Option<Tampered> {
         let pages = self.regions.iter().flat_map(|r| pages(&r.range).map(|page| (page, r.mask)));

@@ -7,7 +7,7 @@ use firmware::sandbox::Sandbox;
 use heapless::String;
 
 use crate::guest::pci;
-use crate::{dma, exposure, run};
+use crate::{dma, exposure, run, smi};
 
 /// Bytes of the variables that are text, zeros after it: Linux asks for a variable's size first, and fails when it has grown
 /// before it reads it.
@@ -49,6 +49,7 @@ impl OwnVariables for Own<'_> {
                 run::write_refusals(&mut text);
                 pci::write_dropped(&mut text);
                 dma::write_stopped(&mut text);
+                smi::write_guarded(&mut text);
             }
             OwnVariable::Exits => run::write_counts(&mut text),
         }
