@@ -31,6 +31,8 @@ pub const BUDGET_EXITS_DEFAULT: u32 = 1_000_000;
 pub const PORTS_MAX: usize = 16;
 /// Most MSRs that firmware may read.
 pub const MSRS_MAX: usize = 16;
+/// Most PCI functions that the configuration may leave to firmware.
+pub const PCI_MAX: usize = 8;
 /// Accepted values of `unlock.pcr`: those that locality 2 may extend and a dynamic launch resets.
 pub const UNLOCK_PCR: RangeInclusive<u32> = 18..=22;
 /// `unlock.pcr` when the file does not say: the exposure log's.
@@ -90,6 +92,9 @@ pub struct SandboxConfig {
     pub ports: Vec<PortRange, PORTS_MAX>,
     /// `sandbox.msr.<number>`: registers that firmware may read.
     pub msrs: Vec<u32, MSRS_MAX>,
+    /// `sandbox.pci.<bus>:<device>.<function>`: functions of segment 0 whose memory firmware may have, by their ids: bus in
+    /// bits 15:8, device in 7:3, function in 2:0.
+    pub pci: Vec<u16, PCI_MAX>,
 }
 
 impl Default for SandboxConfig {
@@ -102,6 +107,7 @@ impl Default for SandboxConfig {
             denied_msrs: Denied::Stop,
             ports: Vec::new(),
             msrs: Vec::new(),
+            pci: Vec::new(),
         }
     }
 }
@@ -191,6 +197,11 @@ pub enum ConfigErrorKind<'a> {
         /// The key.
         key: &'a str,
     },
+    /// No PCI function.
+    BadFunction {
+        /// The key.
+        key: &'a str,
+    },
     /// No vendor and pattern of variables.
     BadPattern {
         /// The key.
@@ -236,6 +247,9 @@ impl fmt::Display for ConfigError<'_> {
                 write!(f, "{key} = {value}: limit {min} to {max}")
             }
             Kind::BadPorts { key } => write!(f, "\"{key}\": expected a port 0x0 to 0xffff, or first-last"),
+            Kind::BadFunction { key } => {
+                write!(f, "\"{key}\": expected bus:device.function, in hexadecimal, as 00:1f.5")
+            }
             Kind::BadPattern { key } => {
                 write!(
                     f,
@@ -332,6 +346,11 @@ impl Config {
                     let number = hexadecimal(number).ok_or(Kind::UnknownKey(key))?;
                     line.one_of(&[("read", ())], "read")?;
                     return sandbox.msrs.push(number).map_err(|_| Kind::TooMany { key, limit: MSRS_MAX });
+                }
+                if let Some(function) = key.strip_prefix("sandbox.pci.") {
+                    let function = pci_function(function).ok_or(Kind::BadFunction { key })?;
+                    line.one_of(&[("allow", ())], "allow")?;
+                    return sandbox.pci.push(function).map_err(|_| Kind::TooMany { key, limit: PCI_MAX });
                 }
                 return Err(Kind::UnknownKey(key));
             }
@@ -494,6 +513,17 @@ fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
     (first <= last).then_some(first..=last)
 }
 
+/// `bus:device.function`, as 00:1f.5.
+fn pci_function(text: &str) -> Option<u16> {
+    let part = |text: &str, limit: u16| {
+        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit());
+        digits.then(|| u16::from_str_radix(text, 16).ok()).flatten().filter(|n| *n < limit)
+    };
+    let (bus, rest) = text.split_once(':')?;
+    let (device, function) = rest.split_once('.')?;
+    Some(part(bus, 0x100)? << 8 | part(device, 0x20)? << 3 | part(function, 8)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -549,7 +579,7 @@ mod tests {
                     service.GetVariable.*:Secret? = deny\n\
                     sandbox.budget-exits = 5000\nsandbox.on-death = restart\nsandbox.denied-ports = stop\n\
                     sandbox.denied-msrs = ignore\nsandbox.port.0xcf9 = byte\nsandbox.port.0x400-0x47f = dword\n\
-                    sandbox.msr.0x1b = read\nsmm.handlers = none\nsmm.guest = allow\nunlock.pcr = 20";
+                    sandbox.msr.0x1b = read\nsandbox.pci.00:1f.5 = allow\nsmm.handlers = none\nsmm.guest = allow\nunlock.pcr = 20";
         let c = Config::parse(file.as_bytes()).unwrap();
         assert_eq!((c.log, c.sandbox.budget_ms), (LevelFilter::Debug, 500));
         let p = &c.policies;
@@ -565,6 +595,7 @@ mod tests {
         let ports =
             [PortRange { ports: 0xcf9..=0xcf9, width: 1 }, PortRange { ports: 0x400..=0x47f, width: 4 }];
         assert_eq!((s.ports.as_slice(), s.msrs.as_slice()), (ports.as_slice(), [0x1b].as_slice()));
+        assert_eq!(s.pci.as_slice(), [0x00fd]);
         assert_eq!(c.smm.handlers, Handlers::Only(Vec::new()));
         assert_eq!((c.guest_smi, c.unlock_pcr), (true, 20));
         let list =
@@ -611,6 +642,10 @@ mod tests {
             ),
             ("relaunch.pcr = 16", "configuration line 1: relaunch.pcr = 16: limit 8 to 15"),
             ("unlock.pcr = 17", "configuration line 1: unlock.pcr = 17: limit 18 to 22"),
+            (
+                "sandbox.pci.0:20.0 = allow",
+                "configuration line 1: \"sandbox.pci.0:20.0\": expected bus:device.function, in hexadecimal, as 00:1f.5",
+            ),
             ("sandbox.msr.0x1b = write", "configuration line 1: sandbox.msr.0x1b = \"write\": expected read"),
             ("service.Nothing = deny", "configuration line 1: unknown key \"service.Nothing\""),
             ("log", "configuration line 1: \"log\" is not \"key = value\""),

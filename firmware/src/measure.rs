@@ -1,8 +1,8 @@
 //! What of the firmware is measured into PCR 19, and under which names.
 //!
 //! Runtime code and data as they are at launch, and the ACPI tables: all that firmware gives the running
-//! system to execute or to believe. Not the FACS, which firmware and guest write to, and not memory-mapped
-//! devices (the flash with the variables), which change by design and where a read may have an effect.
+//! system to execute or to believe. Not the FACS, which firmware and guest write to. Of memory-mapped devices (the flash with the
+//! variables) only where they are: what they hold changes by design, and a read may have an effect.
 
 use core::fmt::{self, Write};
 
@@ -27,12 +27,14 @@ pub enum Kind {
     RuntimeCode,
     /// Data of runtime services.
     RuntimeData,
+    /// Registers of a device that runtime services use: their name is measured, not what they hold.
+    RuntimeDevice,
     /// An ACPI table with this signature.
     Acpi([u8; 4]),
 }
 
 /// A piece of memory to measure. Its [`fmt::Display`] form is the event's data in the log:
-/// `runtime code 0x…-0x…`, `runtime data 0x…-0x…`, `ACPI SSDT 0x…-0x…`, with first and last address.
+/// `runtime code 0x…-0x…`, `runtime data 0x…-0x…`, `runtime device 0x…-0x…`, `ACPI SSDT 0x…-0x…`, with first and last address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Item {
     /// What it is.
@@ -46,6 +48,7 @@ impl fmt::Display for Item {
         match self.kind {
             Kind::RuntimeCode => f.write_str("runtime code")?,
             Kind::RuntimeData => f.write_str("runtime data")?,
+            Kind::RuntimeDevice => f.write_str("runtime device")?,
             Kind::Acpi(signature) => write!(f, "ACPI {}", Signature(signature))?,
         }
         write!(f, " {:#x}-{:#x}", self.range.start(), self.range.last())
@@ -56,7 +59,7 @@ impl Item {
     /// The event's data.
     pub fn name(&self) -> String<NAME_MAX> {
         let mut name = String::new();
-        // The longest form, two full addresses after "runtime code ", has 50 bytes.
+        // The longest form, two full addresses after "runtime device ", has 52 bytes.
         let _ = write!(name, "{self}");
         name
     }
@@ -68,7 +71,7 @@ pub fn items(map: &MemoryMap, acpi: Option<&Tables>) -> Result<Vec<Item, MAX_ITE
     for region in map.runtime() {
         let kind = match region.ty {
             MemoryType::RUNTIME_SERVICES_CODE => Kind::RuntimeCode,
-            MemoryType::MMIO | MemoryType::MMIO_PORT_SPACE => continue,
+            MemoryType::MMIO | MemoryType::MMIO_PORT_SPACE => Kind::RuntimeDevice,
             // Whatever else firmware keeps for its runtime.
             _ => Kind::RuntimeData,
         };
@@ -120,9 +123,10 @@ mod tests {
                 "ACPI MCFG 0x2c00-0x2c63",
                 "runtime code 0x8000-0x9fff",
                 "runtime data 0xc000-0xcfff",
+                "runtime device 0xffc00000-0xffffffff",
             ]
         );
-        assert_eq!(items(&map, None).unwrap().len(), 3);
+        assert_eq!(items(&map, None).unwrap().len(), 4);
     }
 
     #[test]
@@ -137,7 +141,7 @@ mod tests {
     #[test]
     fn the_longest_name_fits() {
         let range = PhysRange::from_last(u64::MAX - 1, u64::MAX).unwrap();
-        let item = Item { kind: Kind::RuntimeCode, range };
+        let item = Item { kind: Kind::RuntimeDevice, range };
         assert_eq!(item.name().as_str(), item.to_string());
         let acpi = Item { kind: Kind::Acpi([0, b'"', 0xff, b'A']), range };
         assert!(acpi.name().starts_with("ACPI ?\"?A 0x"));

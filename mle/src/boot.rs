@@ -511,7 +511,7 @@ mod tests {
             };
             let Ok(layout) = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, smm.then_some(MIB), 3) else { return Ok(()) };
             let window = range(window, 0x4000);
-            let Ok(space) = memory::describe(&inputs, &map, &layout, [window].into_iter(), &[], 40) else { return Ok(()) };
+            let Ok(space) = memory::describe(&inputs, &map, &[], &layout, [window].into_iter(), &[], 40) else { return Ok(()) };
             let of_nobody = [inputs.region, inputs.slb.unwrap(), inputs.launch_page, window, TPM_CLOSED];
             let of_firmware: Vec<_> =
                 map.runtime().map(|r| r.range).chain([layout.sandbox]).chain(layout.staging).collect();

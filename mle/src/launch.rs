@@ -10,7 +10,7 @@ use firmware::acpi;
 use firmware::config::{Config, ConfigError};
 use firmware::exposure::{Kind, Record, Text};
 use firmware::linux::{HEADER_BYTES, Kernel, LinuxError};
-use firmware::measure;
+use firmware::measure::{self, Kind as Measured};
 use firmware::memmap::{MapError, MemoryMap, MemoryType};
 use firmware::policy::Policy;
 use firmware::smm::facts::Facts;
@@ -24,7 +24,7 @@ use hv::space::{self, AddressSpace, View};
 use hv::vcpu::Role;
 use iommu::DmaArea;
 use iommu::pci::Function;
-use log::info;
+use log::{info, warn};
 use zerocopy::{FromZeros, IntoBytes};
 
 use crate::acpi::Ecam;
@@ -47,7 +47,8 @@ use crate::services::{self, STATUS_MAX};
 use crate::slb::space::MSR_MMIO_CONFIG;
 use crate::smp::{Setup, SmpError};
 use crate::{
-    apic as local_apic, dma, exposure, fatal, guest, logger, paging, run, senter, smi, smp, trap, watch,
+    apic as local_apic, devices, dma, exposure, fatal, guest, logger, paging, run, senter, smi, smp, trap,
+    watch,
 };
 
 /// Devices that firmware may not claim for its runtime; IOMMUs and the MLE's memory are refused by the address space.
@@ -98,6 +99,8 @@ pub enum LaunchError<'a> {
     Relaunch(relaunch::Error),
     /// PCI functions that are to be guarded.
     Pci(pci::TooMany),
+    /// More devices in firmware's memory map than Cordon keeps account of.
+    Devices(devices::TooMany),
     /// A measurement.
     Measure(MeasureError),
     /// An ACPI table.
@@ -135,6 +138,7 @@ impl fmt::Display for LaunchError<'_> {
             Self::Plan(e) => write!(f, "{e}"),
             Self::Relaunch(e) => write!(f, "{e}"),
             Self::Pci(e) => write!(f, "{e}"),
+            Self::Devices(e) => write!(f, "{e}"),
             Self::Measure(e) => write!(f, "{e}"),
             Self::Acpi(e) => write!(f, "{e}"),
             Self::Iommu(e) => write!(f, "IOMMU: {e}"),
@@ -168,6 +172,7 @@ from_error! {
     PlanError => Plan;
     relaunch::Error => Relaunch;
     pci::TooMany => Pci;
+    devices::TooMany => Devices;
     MeasureError => Measure;
     iommu::acpi::Error => Acpi;
     dma::Error => Iommu;
@@ -292,7 +297,11 @@ fn launch<'a>(
     };
     let acpi = acpi::Tables::read(&mem, inputs.acpi_rsdp)?;
     for item in measure::items(&map, Some(&acpi))? {
-        measurer.memory(PCR_FIRMWARE, &item.name(), Some(item.range), &mem)?;
+        let name = item.name();
+        match item.kind {
+            Measured::RuntimeDevice => measurer.data(PCR_FIRMWARE, &name, name.as_bytes())?,
+            _ => measurer.memory(PCR_FIRMWARE, &name, Some(item.range), &mem)?,
+        }
     }
     // SAFETY: bare metal, CPL 0; read only.
     let msrs = unsafe { Msrs::new() };
@@ -328,7 +337,11 @@ fn launch<'a>(
     let parts = [Some(layout.thunks), Some(layout.tables), layout.config_space];
     let guests: heapless::Vec<PhysRange, 128> =
         layout.map.ram().chain(acpi_tables).chain(parts.into_iter().flatten()).collect();
-    let space = memory::describe(&inputs, &map, &layout, iommus.windows(), &ecam, features.bits)?;
+    let claims = devices::find(&ports, &map, &config.sandbox.pci)?;
+    for claim in &claims {
+        warn!("{claim}: {}", if claim.allowed { "left to firmware" } else { "closed to it" });
+    }
+    let space = memory::describe(&inputs, &map, &claims, &layout, iommus.windows(), &ecam, features.bits)?;
     let tables_from = pool.mark();
     let nested = Tables::new(features.vendor.nested_format(), 4, features.largest_nested, &mut pool)?;
     let map_guest = |space: &AddressSpace, nested: &Tables, pool: &mut PagePool| -> Result<(), MemoryError> {
@@ -485,6 +498,9 @@ fn launch<'a>(
         let record = Record::new(Kind::LEFT_OPEN, local.id(), exposure::now_us(&clock));
         exposure::record(&Record { text: Some(Text::new(text)), ..record });
     };
+    for claim in &claims {
+        exposure::record(&claim.on_record(local.id(), exposure::now_us(&clock)));
+    }
     if left != Left::Ordinary {
         open("devices may send SMI, NMI and INIT");
     }

@@ -8,6 +8,7 @@ pub mod apic;
 pub mod backend;
 pub mod boot;
 pub mod cpu;
+pub mod devices;
 pub mod dma;
 pub mod exposure;
 #[cfg(test)]

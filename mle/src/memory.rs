@@ -12,6 +12,7 @@ use hv::space::{self, AddressSpace, Hole, Kind, View};
 use crate::acpi::Ecam;
 use crate::apic::XAPIC_BASE;
 use crate::boot::Layout;
+use crate::devices::Claim;
 use crate::guest::apic_window::ApicWindow;
 use crate::guest::pci::Guarded;
 use crate::inputs::{Inputs, TXT_REGISTERS};
@@ -65,10 +66,11 @@ impl From<radix::Error> for MemoryError {
 }
 
 /// Who may reach what: the one description from which guest, sandbox and device tables are made (I1). `iommus` are
-/// register windows, `ecam` is PCI configuration space, which stays the guest's alone.
+/// register windows, `ecam` is PCI configuration space, which stays the guest's alone; so do runtime regions that devices claim.
 pub fn describe(
     inputs: &Inputs,
     map: &MemoryMap,
+    claims: &[Claim],
     layout: &Layout,
     iommus: impl Iterator<Item = PhysRange>,
     ecam: &[Ecam],
@@ -85,7 +87,11 @@ pub fn describe(
     for window in iommus {
         space.assign(window, Kind::Closed(Hole::IommuRegisters))?;
     }
-    for region in map.runtime().filter(|r| !ecam.iter().any(|e| e.range.overlaps(&r.range))) {
+    let guests = |range: &PhysRange| {
+        ecam.iter().any(|e| e.range.overlaps(range))
+            || claims.iter().any(|c| !c.allowed && c.region == *range)
+    };
+    for region in map.runtime().filter(|r| !guests(&r.range)) {
         let kind = match region.ty {
             // The firmware's drivers mix code and data in these pages.
             memmap::MemoryType::RUNTIME_SERVICES_CODE => Kind::FirmwareImage,

@@ -4,13 +4,16 @@
 //! SetVariable under [`VENDOR`] runs the data as machine code, at CPL 0, with memory mapped one to one (by page
 //! tables of this driver's own if need be) and interrupts off; RCX points to the [`Plan`]. GetVariable under [`VENDOR`] gives what the
 //! code left in RAX. The plan tells which lies the services are to tell from then on.
+//!
+//! The firmware's memory map lies as well: the registers of QEMU's `edu`, which does DMA, are in it as a device of the runtime services.
 
-use core::arch::global_asm;
+use core::arch::{asm, global_asm};
 use core::ptr;
 use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use uefi::boot::{self, AllocateType, MemoryType};
 use uefi::table::cfg::ConfigTableEntry;
+use uefi_raw::table::boot::{BootServices, MemoryAttribute, MemoryDescriptor};
 use uefi_raw::table::runtime::{RuntimeServices, VariableAttributes};
 use uefi_raw::{Char16, Guid, Status, guid};
 
@@ -103,6 +106,8 @@ type GetVariable = unsafe extern "efiapi" fn(
 type SetVariable =
     unsafe extern "efiapi" fn(*const Char16, *const Guid, VariableAttributes, usize, *const u8) -> Status;
 type GetNext = unsafe extern "efiapi" fn(*mut usize, *mut u16, *mut Guid) -> Status;
+type GetMap =
+    unsafe extern "efiapi" fn(*mut usize, *mut MemoryDescriptor, *mut usize, *mut usize, *mut u32) -> Status;
 type Run = unsafe extern "efiapi" fn(usize, usize) -> usize;
 
 unsafe extern "efiapi" {
@@ -116,6 +121,9 @@ static RUN: AtomicUsize = AtomicUsize::new(0);
 static GET: AtomicUsize = AtomicUsize::new(0);
 static SET: AtomicUsize = AtomicUsize::new(0);
 static NEXT: AtomicUsize = AtomicUsize::new(0);
+static MAP: AtomicUsize = AtomicUsize::new(0);
+/// Registers of QEMU's `edu`, if the machine has one.
+static EDU: AtomicUsize = AtomicUsize::new(0);
 
 /// Puts the driver in place.
 pub fn install() {
@@ -143,8 +151,67 @@ pub fn install() {
         (*table).set_variable = set_variable;
         (*table).get_next_variable_name = get_next;
         sign(&raw mut (*table).header);
+        let services: *mut BootServices = (*system.as_ptr()).boot_services;
+        EDU.store(find_edu(), Relaxed);
+        MAP.store((*services).get_memory_map as usize, Relaxed);
+        (*services).get_memory_map = get_memory_map;
+        sign(&raw mut (*services).header);
         // OVMF's table of memory attributes says that this late driver cannot run. Without the table anything can.
         let _ = boot::install_configuration_table(&ConfigTableEntry::MEMORY_ATTRIBUTES_GUID, ptr::null());
+    }
+}
+
+/// Where QEMU's device for lessons has its registers, or 0.
+unsafe fn find_edu() -> usize {
+    const EDU_ID: u32 = 0x11e8_1234;
+    let read = |device: u32, register: u32| {
+        let address = 0x8000_0000 | device << 11 | register;
+        let value: u32;
+        // SAFETY: a read of PCI configuration space, at boot time on one CPU.
+        unsafe {
+            asm!("out dx, eax", in("dx") 0xcf8u16, in("eax") address, options(nomem, nostack));
+            asm!("in eax, dx", in("dx") 0xcfcu16, out("eax") value, options(nomem, nostack));
+        }
+        value
+    };
+    let device = (0..32).find(|device| read(*device, 0) == EDU_ID);
+    device.map_or(0, |device| (read(device, 0x10) & !0xf) as usize)
+}
+
+/// The map, with a device in it that is not firmware's.
+unsafe extern "efiapi" fn get_memory_map(
+    size: *mut usize,
+    map: *mut MemoryDescriptor,
+    key: *mut usize,
+    each: *mut usize,
+    version: *mut u32,
+) -> Status {
+    const EDU_PAGES: u64 = 0x100;
+    // SAFETY: the caller's pointers are good for what the UEFI specification says they are, and `MAP` is the firmware's service.
+    unsafe {
+        let real: GetMap = core::mem::transmute(MAP.load(Relaxed));
+        let room = *size;
+        let mut status = real(size, map, key, each, version);
+        let edu = EDU.load(Relaxed);
+        if edu == 0 || !(status.is_success() || status == Status::BUFFER_TOO_SMALL) {
+            return status;
+        }
+        let at = *size;
+        *size += *each;
+        if status.is_success() && *size > room {
+            status = Status::BUFFER_TOO_SMALL;
+        }
+        if status.is_success() {
+            map.byte_add(at).write(MemoryDescriptor {
+                ty: MemoryType::MMIO,
+                phys_start: edu as u64,
+                virt_start: 0,
+                page_count: EDU_PAGES,
+                att: MemoryAttribute::UNCACHEABLE | MemoryAttribute::RUNTIME,
+                ..MemoryDescriptor::default()
+            });
+        }
+        status
     }
 }
 

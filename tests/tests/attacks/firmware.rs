@@ -611,6 +611,29 @@ fn firmware_that_lies_is_not_believed() {
     harmless(&mut start(&hostile(Boot::Native, &[], None)), false);
 }
 
+/// The implant's memory map has a device's registers. They are firmware's only where the configuration says so, and then the
+/// device reaches what the guest's devices reach.
+#[test]
+#[ignore = "the control of `DMA by a device`; `make test-all` runs it"]
+fn a_device_in_the_memory_map_is_firmwares_if_the_configuration_says_so() {
+    let mut machine = start(&hostile(Boot::Cordon, &[], None));
+    let log = machine.check("cordon log").unwrap();
+    let line = log.lines().find(|line| line.contains(" in the map at ")).expect(&log).to_owned();
+    assert!(line.contains("denied"), "{line}");
+    let function = line.split("PCI ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    machine.power_off().unwrap();
+
+    let config = config(&format!("sandbox.pci.{function} = allow"));
+    let mut machine = start(&hostile(Boot::Cordon, &[], Some(&config)));
+    let edu = Edu::find(&mut machine).registers;
+    let copied = run(&mut machine, &dma(edu, SCRATCH, SCRATCH + 16)).unwrap();
+    assert!(matches!(copied, Outcome::Ran(_)), "{copied:?}");
+    assert_eq!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());
+    let log = machine.check("cordon log").unwrap();
+    assert!(log.lines().any(|line| line.contains(&function) && line.contains("passed")), "{log}");
+    machine.power_off().unwrap();
+}
+
 /// One attack of each kind.
 #[test]
 fn firmware_that_attacks_costs_the_sandbox_and_nothing_more() {
