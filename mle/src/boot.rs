@@ -6,6 +6,7 @@ use firmware::acpi;
 use firmware::esrt::{self, Esrt};
 use firmware::linux::{self, BootParams, Kernel, LinuxError, Placement};
 use firmware::memmap::{CarveOut, GuestMap, MapError, MemoryMap, Use};
+use firmware::prm;
 use firmware::service::Service;
 use firmware::tables::{self, FirmwareTables, GuestInput, HypercallInsn, TablesError, thunk_page};
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
@@ -84,8 +85,9 @@ const FIXED_AREA: u64 = 2 * PAGE_SIZE + BOOT_STACK + BOOT_TABLES + MAP_AREA.next
 pub const TABLES_AREA: u64 = PAGE_SIZE + ACPI_AREA + 2 * SMBIOS_AREA;
 /// Bytes for RSDP and root table.
 const ACPI_AREA: u64 = (acpi::FILTERED_MAX as u64).next_multiple_of(PAGE_SIZE);
-/// The IOMMUs are the MLE's: the guest does not learn of them.
-const HIDDEN_TABLES: [[u8; 4]; 2] = [*b"IVRS", *b"DMAR"];
+/// The IOMMUs are the MLE's: the guest does not learn of them. Nor of handlers that lie in firmware's memory, which it does not have:
+/// older kernels jump to address 0 for one, and give up the runtime services for that.
+const HIDDEN_TABLES: [[u8; 4]; 3] = [*b"IVRS", *b"DMAR", prm::SIGNATURE];
 /// Bytes for one SMBIOS copy.
 pub const SMBIOS_AREA: u64 = (firmware::tables::SMBIOS_COPY_MAX as u64).next_multiple_of(PAGE_SIZE);
 
