@@ -30,8 +30,9 @@ use loader::{choice, image, screen, tpm};
 use uefi::boot::{self, MemoryType};
 use uefi::mem::memory_map::MemoryMap;
 use uefi::proto::tcg::v2::Tcg;
+use uefi::runtime::{self, VariableVendor};
 use uefi::table::cfg::ConfigTableEntry;
-use uefi::{Status, entry, system};
+use uefi::{CStr16, Status, cstr16, entry, guid, system};
 
 use error::{Error, FileError};
 use files::{File, Volume};
@@ -89,7 +90,25 @@ fn pause() {
 }
 
 fn run() -> Result<Infallible, Error> {
-    launch::launch(prepare()?)
+    let prepared = prepare()?;
+    ask_for_wiping();
+    launch::launch(prepared)
+}
+
+/// Asks the firmware to wipe memory when the machine is next reset, in whatever way, so that nothing that runs afterwards reads
+/// the guest's. Only firmware that can has the variable; the guest may take the request back, by writing 0.
+///
+/// Spec: \[TCG-MOR\] "MemoryOverwriteRequestControl".
+fn ask_for_wiping() {
+    const NAME: &CStr16 = cstr16!("MemoryOverwriteRequestControl");
+    const VENDOR: VariableVendor = VariableVendor(guid!("e20939be-32d4-41be-a150-897f85d49829"));
+    const CLEAR_MEMORY: u8 = 1;
+    let mut value = [0];
+    let Ok((_, attributes)) = runtime::get_variable(NAME, &VENDOR, &mut value) else { return };
+    let wiped = runtime::set_variable(NAME, &VENDOR, attributes, &value.map(|bits| bits | CLEAR_MEMORY));
+    if let Err(error) = wiped {
+        say!("cordon: memory will not be wiped at the next reset: {}", error.status());
+    }
 }
 
 /// What the one or the other way to launch needs.
