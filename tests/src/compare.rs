@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::images;
 use crate::machine::{Boot, Machine, Spec};
@@ -46,6 +46,11 @@ pub fn compare(spec: &Spec, runs: usize) -> Result<()> {
         "\nexits of an idle guest in 10 s, all CPUs, but for CPUID and hypercalls: {}",
         idle_exits(spec)?
     );
+    for (name, [sandbox, hypercalls, others]) in exits_of_calls(spec)? {
+        println!(
+            "{name}, exits a call: {sandbox:.1} of the sandbox, {hypercalls:.1} hypercalls, {others:.1} others"
+        );
+    }
     images::measure()
 }
 
@@ -57,15 +62,43 @@ const IDLE: &str = "\
     read -r -t 10 nothing <&4
     exits; echo $((total - before))";
 
+/// A shell function that prints firmware calls so far, exits of the sandbox, hypercalls and other exits of the guest.
+const CALLS: &str = "
+    calls() {
+        cat /sys/firmware/efi/efivars/Status-a720b6bf-f9e9-4210-b163-30211c7ddf1f >/run/status
+        while read -r word made of a b c d run rest; do
+            [ \"$word\" != calls: ] || { exits; echo ${made%,} ${run%,} $hypercalls $total; }
+        done </run/status
+    }";
+
+fn started(spec: &Spec) -> Result<Machine> {
+    let mut machine = Machine::start(&Spec { boot: Boot::Cordon, ..spec.clone() })?;
+    match machine.wait_ready() {
+        Ok(()) => Ok(machine),
+        Err(error) => Err(error.context(machine.diagnosis())),
+    }
+}
+
 /// Exits of all CPUs of an idle guest in ten seconds.
 fn idle_exits(spec: &Spec) -> Result<u64> {
-    let mut machine = Machine::start(&Spec { boot: Boot::Cordon, ..spec.clone() })?;
-    if let Err(error) = machine.wait_ready() {
-        return Err(error.context(machine.diagnosis()));
-    }
+    let mut machine = started(spec)?;
     let exits = machine.check(&format!("{EXITS}{IDLE}"))?;
     machine.power_off()?;
     exits.trim().parse().with_context(|| format!("exit counters: {exits}"))
+}
+
+/// For each kind of work with variables, by firmware calls: exits of the sandbox, hypercalls and other exits of the guest.
+fn exits_of_calls(spec: &Spec) -> Result<Vec<(&'static str, [f64; 3])>> {
+    let mut machine = started(spec)?;
+    let mut rows = Vec::new();
+    for (name, script) in WORK.into_iter().filter(|(name, _)| name.contains("EFI variable")) {
+        let text = machine.check(&format!("{EXITS}{CALLS}\ncalls\n{script}\ncalls"))?;
+        let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let ([before, after], []) = numbers.as_chunks::<4>() else { bail!("counters of calls: {text}") };
+        rows.push((name, [1, 2, 3].map(|at| (after[at] - before[at]) / (after[0] - before[0]))));
+    }
+    machine.power_off()?;
+    Ok(rows)
 }
 
 fn median_times(spec: &Spec, runs: usize) -> Result<Times> {
