@@ -82,6 +82,7 @@ test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory
 	$(CARGO) test -p tests --test vmx -- --ignored
 	$(CARGO) test -p tests --test devices -- --ignored --nocapture
 	$(CARGO) test -p tests --test services -- --ignored
+	$(CARGO) test -p tests --test senter -- --ignored
 	$(CARGO) test -p tests --test intel -- --ignored --test-threads=2
 	$(CARGO) test -p tests --test attacks -- --ignored
 	$(CARGO) test -p tests --test machine -- --ignored --nocapture

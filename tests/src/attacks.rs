@@ -43,6 +43,24 @@ impl Board {
         }
     }
 
+    /// Runs tests, by the name of their file and a part of their own, and takes note of what they say; whether they passed.
+    fn run(&mut self, tests: &[&str], all: bool) -> Result<bool> {
+        let mut command = Command::new("cargo");
+        command.current_dir(paths::root()).stdout(Stdio::piped());
+        command.args(["test", "-p", "tests", "--test"]).args(tests);
+        command.args(["--", "--nocapture", "--test-threads=2"]);
+        if all {
+            command.arg("--include-ignored");
+        }
+        let mut tests = command.spawn().context("starting cargo")?;
+        for line in BufReader::new(tests.stdout.take().context("cargo's output")?).lines() {
+            let line = line.context("the tests' output")?;
+            self.note(&line);
+            writeln!(std::io::stdout(), "{line}")?;
+        }
+        Ok(tests.wait().context("waiting for cargo")?.success())
+    }
+
     /// One row for each attack; those of one attacker, which is what stands before the colon, follow each other.
     fn table(&self) -> String {
         let width = self.rows.iter().map(|row| row.attack.len()).fold("attack".len(), usize::max);
@@ -62,22 +80,16 @@ impl Board {
 
 /// Runs the tests of attacks, with those that take long if `all`, and prints a table of what was seen and its sums.
 pub fn run(all: bool) -> Result<()> {
-    let mut command = Command::new("cargo");
-    command.current_dir(paths::root()).stdout(Stdio::piped());
-    command.args(["test", "-p", "tests", "--test", "attacks", "--", "--nocapture", "--test-threads=2"]);
-    if all {
-        command.arg("--include-ignored");
-    }
-    let mut tests = command.spawn().context("starting cargo")?;
     let mut board = Board::default();
-    for line in BufReader::new(tests.stdout.take().context("cargo's output")?).lines() {
-        let line = line.context("the tests' output")?;
-        board.note(&line);
-        writeln!(std::io::stdout(), "{line}")?;
+    let mut failed = Vec::new();
+    // The second are all of those that take long.
+    for arguments in [&["attacks"][..], &["senter", "an_attack"]].into_iter().take(1 + usize::from(all)) {
+        if !board.run(arguments, all)? {
+            failed.push(arguments[0]);
+        }
     }
-    let status = tests.wait().context("waiting for cargo")?;
     writeln!(std::io::stdout(), "{}", board.table())?;
-    ensure!(status.success(), "the tests of attacks: {status}");
+    ensure!(failed.is_empty(), "the tests of attacks: {} failed", failed.join(", "));
     let unseen: Vec<_> =
         board.rows.iter().filter(|row| !row.blocked).map(|row| row.attack.as_str()).collect();
     ensure!(unseen.is_empty(), "not seen to fail under Cordon: {}", unseen.join(", "));

@@ -1,7 +1,7 @@
 //! QEMU as the emulator of a machine: its command line, and its two control connections.
 
 use std::fs;
-use std::process::{ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,11 @@ impl Qemu {
         if spec.console == Console::Log {
             command.stdin(Stdio::null()).stdout(Stdio::null());
         }
+        Self::spawn(dir, command)
+    }
+
+    /// Starts `command`, a QEMU in `dir` that has a command channel and QMP at `channel.sock` and `qmp.sock`.
+    pub fn spawn(dir: Arc<RunDir>, command: Command) -> Result<(Self, Channel)> {
         let mut process = Guarded::spawn("qemu-system-x86_64", command, &dir.file("qemu.log"))?;
         let mut connect = |name: &str| {
             dir.connect(name).map_err(|e| match process.ended() {

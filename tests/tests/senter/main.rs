@@ -1,18 +1,24 @@
 //! The MLE from the state that SENTER leaves, on a machine with QEMU's VT-d: no loader, no SINIT, but memory, TXT's registers and
 //! processors as those leave them. The one change to the image: GETSEC, which the emulated CPU does not know, does nothing.
 
+mod dma;
 mod memory;
 mod stub;
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::{Result, bail, ensure};
 use hv::failure::{Record, SenterError, Stage};
 use memory::Wrong;
 use tests::channel::{Channel, Wait};
-use tests::child::{self, Guarded};
+use tests::child;
 use tests::devices;
+use tests::edu::{self, Guest};
+use tests::emulator::Emulator;
+use tests::qemu::Qemu;
 use tests::run_dir::RunDir;
 use tests::swtpm::Swtpm;
 use tests::{images, paths};
@@ -23,26 +29,55 @@ const REGISTERS: usize = 0x2_0000;
 const GETSEC: [u8; 2] = [0x0f, 0x37];
 
 struct Machine {
-    qemu: Guarded,
+    qemu: Qemu,
     channel: Channel,
     _tpm: Swtpm,
-    dir: RunDir,
+    dir: Arc<RunDir>,
 }
 
 impl Machine {
-    /// Starts it, with devices besides those that it always has.
+    /// Starts it in the state that SENTER leaves, with devices besides those that it always has.
     fn start(cpus: u32, wrong: Wrong, devices: Option<&devices::Set>) -> Self {
-        let dir = RunDir::create(&paths::build()).unwrap();
+        let initrd = devices.map_or_else(paths::initrd, devices::Set::initrd);
+        let arguments = devices.map(devices::Set::arguments).unwrap_or_default();
+        Self::launch(cpus, wrong, "", &initrd, &arguments)
+    }
+
+    /// The same, with words for the guest's kernel and arguments for QEMU.
+    fn launch(cpus: u32, wrong: Wrong, words: &str, initrd: &Path, more: &[String]) -> Self {
         let mut mle = fs::read(paths::mle()).unwrap();
         let at = mle.windows(2).position(|bytes| bytes == GETSEC).unwrap();
         assert!(at < 4096);
         mle[at..at + 2].fill(0x90);
         let read = |path: &Path| fs::read(path).unwrap();
-        let mut initrd = read(&devices.map_or_else(paths::initrd, devices::Set::initrd));
+        let mut initrd = read(initrd);
         initrd.resize(initrd.len().next_multiple_of(4), 0);
-        let cmdline = "console=ttyS0";
-        let pieces = memory::pieces(&mle, read(&paths::kernel()), initrd, cmdline, cpus, wrong);
+        let cmdline = format!("console=ttyS0 {words}");
+        let pieces = memory::pieces(&mle, read(&paths::kernel()), initrd, &cmdline, cpus, wrong);
 
+        let mut arguments = more.to_vec();
+        let dir = Arc::new(RunDir::create(&paths::build()).unwrap());
+        for (index, (address, bytes)) in pieces.into_iter().enumerate() {
+            let name = format!("piece{index}");
+            fs::write(dir.file(&name), bytes).unwrap();
+            arguments.extend(match index {
+                0 => ["-kernel".to_owned(), name],
+                _ => ["-device".to_owned(), format!("loader,file={name},addr={address:#x},force-raw=on")],
+            });
+        }
+        Self::run(dir, cpus, &arguments)
+    }
+
+    /// Starts the same machine with the kernel alone.
+    fn native(cpus: u32, words: &str, more: &[String]) -> Self {
+        let file = |path: &Path| paths::absolute(path);
+        let cmdline = format!("console=ttyS0 intel_iommu=off {words}");
+        let (kernel, initrd) = (file(&paths::kernel()), file(&paths::initrd()));
+        let boot = ["-kernel", &kernel, "-initrd", &initrd, "-append", &cmdline].map(str::to_owned);
+        Self::run(Arc::new(RunDir::create(&paths::build()).unwrap()), cpus, &[&boot, more].concat())
+    }
+
+    fn run(dir: Arc<RunDir>, cpus: u32, more: &[String]) -> Self {
         let mut page = vec![0; REGISTERS / 2];
         for (register, value) in [
             (regs::STS, regs::STS_SENTER_DONE | regs::STS_PRIVATE_OPEN),
@@ -63,23 +98,13 @@ impl Machine {
              -no-reboot -serial file:console.log -chardev socket,id=channel,path=channel.sock,server=on,wait=off
              -serial chardev:channel -device intel-iommu -device ivshmem-plain,memdev=txt
              -object memory-backend-file,id=txt,mem-path=txt,share=on,size={REGISTERS}
+             -qmp unix:qmp.sock,server=on,wait=off
              -chardev socket,id=tpm,path=tpm.sock -tpmdev emulator,id=tpm,chardev=tpm -device tpm-tis,tpmdev=tpm",
             memory::SIZE >> 20
         );
         command.current_dir(dir.path()).args(arguments.split_whitespace());
-        for (index, (address, bytes)) in pieces.into_iter().enumerate() {
-            let name = format!("piece{index}");
-            fs::write(dir.file(&name), bytes).unwrap();
-            if index == 0 {
-                command.args(["-kernel", &name]);
-            } else {
-                command.args(["-device", &format!("loader,file={name},addr={address:#x},force-raw=on")]);
-            }
-        }
-        command.args(devices.map(devices::Set::arguments).unwrap_or_default());
-        let qemu = Guarded::spawn("qemu", command, &dir.file("qemu.log")).unwrap();
-        let link = dir.connect("channel.sock").unwrap();
-        let channel = Channel::new(link.try_clone().unwrap(), link);
+        command.args(more);
+        let (qemu, channel) = Qemu::spawn(Arc::clone(&dir), command).unwrap();
         Self { qemu, channel, _tpm: tpm, dir }
     }
 
@@ -92,6 +117,14 @@ impl Machine {
         u64::from_le_bytes(bytes[register as usize..][..8].try_into().unwrap())
     }
 
+    /// Waits until the guest takes commands.
+    fn ready(&mut self) {
+        let end = Instant::now() + Duration::from_secs(240);
+        while self.channel.ready(Duration::from_millis(100)) != Wait::Done(()) {
+            assert!(self.qemu.ended().unwrap().is_none() && Instant::now() < end, "{}", self.console());
+        }
+    }
+
     /// Waits until `done`, or the machine's end.
     fn wait(&mut self, time: Duration, mut done: impl FnMut(&mut Self) -> bool) {
         let end = Instant::now() + time;
@@ -102,23 +135,26 @@ impl Machine {
             std::thread::sleep(Duration::from_millis(100));
         }
     }
+}
 
-    /// Runs a shell script in the guest, which must succeed, and gives its output.
-    fn check(&mut self, script: &str) -> anyhow::Result<String> {
+impl Guest for Machine {
+    fn check(&mut self, script: &str) -> Result<String> {
         let mark = self.channel.send_script(script)?;
-        let mut result = None;
-        self.wait(Duration::from_secs(120), |m| {
-            result = match m.channel.output(&mark, Duration::ZERO) {
-                Ok(Wait::Pending) => None,
-                Ok(Wait::Done(output)) => Some(Ok(output)),
-                Ok(Wait::Closed) => Some(Err(anyhow::anyhow!("the port is closed"))),
-                Err(error) => Some(Err(error)),
-            };
-            result.is_some()
-        });
-        let output = result.unwrap()?;
-        anyhow::ensure!(output.status == 0, "`{script}` ended with {}: {}", output.status, output.text());
-        Ok(output.text())
+        let end = Instant::now() + Duration::from_secs(120);
+        loop {
+            match self.channel.output(&mark, Duration::from_millis(100))? {
+                Wait::Done(output) => {
+                    ensure!(output.status == 0, "`{script}` ended with {}: {}", output.status, output.text());
+                    return Ok(output.text());
+                }
+                Wait::Pending if Instant::now() < end => {}
+                _ => bail!("no end of `{script}`\n{}", self.console()),
+            }
+        }
+    }
+
+    fn memory(&mut self, at: u64, length: usize) -> Result<Vec<u8>> {
+        self.qemu.memory(at, length)
     }
 }
 
@@ -128,7 +164,7 @@ fn linux_starts_behind_vt_d() {
     images::build_initrd().unwrap();
     let set = devices::Set::create().unwrap();
     let mut machine = Machine::start(2, Wrong::Nothing, Some(&set));
-    machine.wait(Duration::from_secs(240), |m| m.channel.ready(Duration::ZERO) == Wait::Done(()));
+    machine.ready();
     let console = machine.console();
     for line in ["1 IOMMU(s) deny all DMA", "DMA open to it alone", "smp: Brought up 1 node, 2 CPUs", "AHCI"]
     {
@@ -144,6 +180,23 @@ fn linux_starts_behind_vt_d() {
     devices::print("intel-iommu", &done);
     let log = fs::read_to_string(machine.dir.file("qemu.log")).unwrap();
     assert!(!log.contains("vtd_dmar_fault"), "{log}");
+}
+
+#[test]
+#[ignore = "boots two machines; `make test-all` and `make attacks` run it"]
+fn an_attack_by_devices_does_not_pass_vt_d() {
+    images::build().unwrap();
+    images::build_initrd().unwrap();
+    let (words, devices) = (dma::words(), edu::arguments());
+    let mut machine = Machine::launch(2, Wrong::Nothing, &words, &paths::initrd(), &devices);
+    machine.ready();
+    let prey = dma::prey(&mut machine);
+    dma::attack(&mut machine, prey.clone(), true);
+    drop(machine);
+
+    let mut machine = Machine::native(2, &words, &devices);
+    machine.ready();
+    dma::attack(&mut machine, prey, false);
 }
 
 #[test]

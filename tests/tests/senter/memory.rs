@@ -15,6 +15,7 @@ use super::stub::{self, Parameters};
 
 pub const SIZE: u64 = 1 << 30;
 pub const REGION: u64 = 0x2000_0000;
+pub const REGION_SIZE: u64 = 32 << 20;
 const KERNEL: u64 = 0x1000_0000;
 const INITRD: u64 = 0x1200_0000;
 const SLRT: u64 = 0x1f00_0000;
@@ -69,9 +70,10 @@ fn table(body: &[u8]) -> Vec<u8> {
     [(body.len() as u64 + SIZE_WORD).to_le_bytes().as_slice(), body].concat()
 }
 
-/// An EFI memory map, runtime services that all say no, and a system table.
+/// An EFI memory map, runtime services that find nothing, and a system table.
 fn firmware() -> Pieces {
-    const NO: u64 = 0x8000_0000_0000_0003;
+    /// EFI_NOT_FOUND.
+    const NO: u64 = 0x8000_0000_0000_000e;
     let descriptor = |kind: u32, start: u64, end: u64| {
         let attributes = 0xf | if matches!(kind, 5 | 6) { 1 << 63 } else { 0 };
         [u64::from(kind), start, 0, (end - start) / PAGE, attributes].map(u64::to_le_bytes).concat()
@@ -89,8 +91,8 @@ fn firmware() -> Pieces {
         (6, FIRMWARE + PAGE, FIRMWARE + 2 * PAGE),
         (7, FIRMWARE + 2 * PAGE, MAP),
         (2, MAP, REGION),
-        (0, REGION, REGION + (32 << 20)),
-        (7, REGION + (32 << 20), SINIT),
+        (0, REGION, REGION + REGION_SIZE),
+        (7, REGION + REGION_SIZE, SINIT),
         (0, SINIT, HEAP + HEAP_SIZE),
         (7, HEAP + HEAP_SIZE, ACPI),
         (9, ACPI, SIZE),
