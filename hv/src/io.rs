@@ -1,5 +1,9 @@
 //! The seams between logic and hardware. Images implement them on metal, tests on device models.
 
+use zerocopy::IntoBytes;
+
+use crate::addr::PAGE_SIZE;
+
 /// A window of device registers. Offsets are bytes from the window's start, aligned to the access;
 /// the implementation decides what happens outside the window (metal: it was mapped by its maker and
 /// an offset outside reads as all ones; models: panic, so a test fails).
@@ -112,6 +116,11 @@ pub trait PhysMem {
     fn read(&self, addr: u64, out: &mut [u8]) -> bool;
     /// Copies `data` to `addr`; false, and nothing written, when it may not.
     fn write(&self, addr: u64, data: &[u8]) -> bool;
+    /// Whether the page at `addr` is all zeros; `None` when it is not memory that this reader may reach.
+    fn is_zero_page(&self, addr: u64) -> Option<bool> {
+        let mut page = [0_u64; PAGE_SIZE as usize / 8];
+        self.read(addr, page.as_mut_bytes()).then(|| page.iter().all(|word| *word == 0))
+    }
 }
 
 #[cfg(test)]

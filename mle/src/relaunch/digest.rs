@@ -39,19 +39,17 @@ impl Hash {
     /// that they never used, and to find zeros is many times faster than to hash them.
     fn chunk(self, range: &PhysRange, mem: &impl PhysMem) -> Result<Digest, Error> {
         let mut zeros = [0u64; PAGES / 64];
-        let mut page = [0u64; PAGE_SIZE as usize / 8];
+        let mut page = [0; PAGE_SIZE as usize];
         let mut hasher = self.begin();
         let pages = (range.start()..=range.last()).step_by(PAGE_SIZE as usize);
         for (index, address) in pages.enumerate() {
-            if !mem.read(address, page.as_mut_bytes()) {
-                return Err(Error::Unreadable { address });
-            }
-            if page.iter().all(|word| *word == 0) {
+            if mem.is_zero_page(address).ok_or(Error::Unreadable { address })? {
                 if let Some(word) = zeros.get_mut(index >> 6) {
                     *word |= 1 << (index & 63);
                 }
             } else {
-                hasher.update(page.as_bytes());
+                mem.read(address, &mut page);
+                hasher.update(&page);
             }
         }
         hasher.update(zeros.as_bytes());
