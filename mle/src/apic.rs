@@ -108,6 +108,28 @@ impl<M: Mmio> Xapic<M> {
         }
     }
 
+    /// Holds back all but the top class, also where the APIC is off. Gives what [`Xapic::release`] takes.
+    pub fn hold(&self) -> [u32; 2] {
+        let before = [self.0.read32(SPURIOUS), self.0.read32(TASK_PRIORITY)];
+        self.0.write32(TASK_PRIORITY, 0xe0);
+        self.0.write32(SPURIOUS, before[0] | 1 << 8);
+        before
+    }
+
+    /// Ends that.
+    pub fn release(&self, [spurious, priority]: &[u32; 2]) {
+        self.0.write32(SPURIOUS, *spurious);
+        self.0.write32(TASK_PRIORITY, *priority);
+    }
+
+    /// Sends interrupts to this CPU: `vectors` has a bit for each from `first` on.
+    pub fn send_to_self(&self, first: u32, vectors: u32) {
+        const SELF: u32 = 1 << 18;
+        for bit in (0..32).filter(|bit| vectors & 1 << bit != 0) {
+            self.0.write32(ICR_LOW, SELF | first.wrapping_add(bit));
+        }
+    }
+
     /// Turns delivery off, as after reset: the guest enables its own.
     pub fn disable(&self) {
         self.0.write32(TASK_PRIORITY, 0);

@@ -136,6 +136,11 @@ impl Cpu {
         self.host.ignores_a20_mask()
     }
 
+    /// Turns virtualization off, until this CPU is [`Loaded`] anew, see [`Host::disable`].
+    pub fn leave_virtualization(&mut self) {
+        self.host.disable(&self.msrs);
+    }
+
     /// Runs the guest until it exits.
     pub fn run(&mut self, vcpu: &mut Vcpu<'_>) -> Exit {
         self.host.run(vcpu, self.arrived)

@@ -470,7 +470,6 @@ fn launch<'a>(
             mem,
             clock,
             log: (log, log_used),
-            relaunches: plan.is_some() && cpus == 1,
             status: status(&inputs, &cpu, cpus, &smm),
         },
     )?;
@@ -547,6 +546,7 @@ fn launch<'a>(
             state.restore(&msrs);
             Ok(round)
         })?;
+        smp::scatter(&local, &clock);
         vcpu.flush_nested();
     }
 }

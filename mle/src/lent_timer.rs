@@ -99,9 +99,7 @@ impl LentTimer {
         if expired && self.timer & MASKED == 0 {
             apic.0.write32(ICR_LOW, SELF | (self.timer & 0xff));
         }
-        for vector in (0xe0u32..=0xff).filter(|v| held & 1 << (v & 31) != 0) {
-            apic.0.write32(ICR_LOW, SELF | vector);
-        }
+        apic.send_to_self(0xe0, held);
     }
 }
 

@@ -16,6 +16,7 @@ mod fake;
 pub mod fatal;
 pub mod guest;
 pub mod inputs;
+pub mod kept_apic;
 pub mod launch;
 pub mod legacy_pic;
 pub mod lent_timer;

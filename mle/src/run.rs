@@ -174,8 +174,8 @@ pub fn guest(
             Next::Init => fatal::end_by_guest(ports, format_args!("INIT to CPU {index}")),
             Next::Firmware => match services::call(cpu, vcpu, local, ports) {
                 services::Next::Resume => {}
+                services::Next::Relaunch => smp::want(index, cpu, local, clock),
                 // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
-                services::Next::Relaunch => return,
                 services::Next::Reset(kind) => {
                     fatal::end_by_guest(ports, format_args!("ResetSystem, {kind:?}"))
                 }

@@ -119,8 +119,6 @@ pub struct Input<'a> {
     pub clock: TscClock,
     /// The DRTM event log's buffer, and bytes of it that are used.
     pub log: (&'static mut [u8], usize),
-    /// Whether the launch can be done again, for a call under policy `relaunch`.
-    pub relaunches: bool,
     /// What is in force, for the guest to read.
     pub status: String<STATUS_MAX>,
 }
@@ -195,7 +193,6 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
         clock: input.clock,
         log: input.log.0,
         log_used: input.log.1,
-        relaunches: input.relaunches,
         status: input.status,
     };
     // SAFETY: the area was chosen for the sandbox and is nobody else's; its first pages are for these tables.

@@ -12,6 +12,8 @@
 //! UNSAFETY: the start-up code, and the pages that it runs from.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
+mod gather;
+
 use core::arch::global_asm;
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -24,6 +26,7 @@ use hv::vcpu::Role;
 use spin::Mutex;
 use zerocopy::{Immutable, IntoBytes};
 
+pub use self::gather::{reset_others, scatter, want};
 use crate::apic::{Command, ICR_HIGH, Xapic, delivery};
 use crate::backend::{Vcpu, Vm};
 use crate::cpu::{Cpu, CpuMemory, Loaded};
@@ -213,6 +216,8 @@ static COUNT: AtomicUsize = AtomicUsize::new(0);
 static ARRIVED: AtomicU32 = AtomicU32::new(0);
 static NEXT: AtomicU32 = AtomicU32::new(0);
 static ROOT: AtomicU64 = AtomicU64::new(0);
+/// Table of where each AP's stack begins.
+static STACK_TABLE: AtomicU64 = AtomicU64::new(0);
 /// Startup vector of the launch page.
 static START_VECTOR: AtomicU32 = AtomicU32::new(0);
 /// What each AP takes when it arrives, by its number.
@@ -298,6 +303,7 @@ pub fn start(
         };
     }
     ROOT.store(own.root(), Ordering::Release);
+    STACK_TABLE.store(stacks, Ordering::Release);
     *SETUPS.lock() = setups;
 
     let base = page.start();
@@ -343,6 +349,9 @@ pub fn start(
 /// An AP's first Rust.
 extern "sysv64" fn entry(index: u32) -> ! {
     let number = usize::try_from(index).unwrap_or(usize::MAX);
+    if let Some(context) = gather::halted(number.saturating_add(1)) {
+        gather::go_on(context);
+    }
     let setup = SETUPS.lock().get(number).cloned();
     let number = number.saturating_add(1);
     let (Some(mut setup), Some(slot)) = (setup, SLOTS.get(number)) else {
@@ -386,6 +395,7 @@ extern "sysv64" fn entry(index: u32) -> ! {
         slot.open.store(false, Ordering::SeqCst);
         local.quiet();
         while !slot.is(State::Starting) {
+            gather::attend(number, slot, &mut cpu, &local, &clock);
             cpu.doze();
         }
         // The wake-up may still be on its way, and what came meanwhile is not the guest's: it was in INIT.
@@ -434,9 +444,19 @@ fn open_but(this: usize) -> impl Iterator<Item = &'static Slot> {
 /// Has all other CPUs that run the guest come out of it and take note: of whether it stopped them, and of who waits.
 pub fn kick(this: usize, redirects_init: bool, local: &Xapic<PhysWindow>, clock: &TscClock) {
     // Intercepted by every guest CPU: the one is dropped, the other finds nothing to do.
+    kick_each(open_but(this), redirects_init, local, clock);
+}
+
+/// The same for some of them.
+fn kick_each(
+    which: impl Iterator<Item = &'static Slot>,
+    redirects_init: bool,
+    local: &Xapic<PhysWindow>,
+    clock: &TscClock,
+) {
     let mode = if redirects_init { delivery::INIT } else { delivery::SMI };
     let mut any = false;
-    for slot in open_but(this) {
+    for slot in which {
         any = true;
         slot.kicked.store(true, Ordering::SeqCst);
         send(local, clock, mode << 8 | 1 << 14, slot.id());
@@ -473,7 +493,7 @@ pub fn open(index: usize, window: &mut ApicWindow) -> bool {
     true
 }
 
-/// What is due before the guest runs on. True if it must not: an INIT came for it.
+/// What is due before the guest runs on. True if it must not: an INIT came for it, or the first CPU is wanted alone, and is.
 pub fn before_run(
     index: usize,
     cpu: &mut Cpu,
@@ -494,6 +514,13 @@ pub fn before_run(
         }
     } else if cpu.init_arrived() && index != 0 {
         return true;
+    }
+    if index == 0 {
+        if gather::alone(cpu, local, clock) {
+            return true;
+        }
+    } else {
+        gather::attend(index, slot, cpu, local, clock);
     }
     if any_waiting() {
         if slot.open.load(Ordering::SeqCst) {

@@ -300,6 +300,12 @@ impl Part {
             let mut waits = 0..INIT_WAITS;
             while !self.in_init(&other)? {
                 if waits.next().is_none() {
+                    let state = INIT_STATE.map(|(register, _)| {
+                        self.gdb
+                            .register(register)
+                            .map_or_else(|e| e.to_string(), |v| format!("{register} {v:#x}"))
+                    });
+                    self.say(&format!("CPU {other} is at {}", state.join(", ")));
                     busy = Some(other);
                     break;
                 }

@@ -273,6 +273,13 @@ impl Host {
         })
     }
 
+    /// Turns it off, until it is enabled anew: what is pending may come now, and an INIT resets the CPU. On AMD alone.
+    pub fn disable(&mut self, msrs: &Msrs) {
+        if let Self::Svm(host) = self {
+            host.disable(msrs);
+        }
+    }
+
     /// Whether a Startup IPI of the guest starts its CPU without the MLE's looking at the APIC page.
     pub fn sees_startup(&self) -> bool {
         matches!(self, Self::Vmx(_))

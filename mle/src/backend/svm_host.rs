@@ -50,6 +50,14 @@ impl SvmHost {
         Self { vmload_area, guarded_init, ignores_a20 }
     }
 
+    /// Turns SVM off: what is pending may come now, and an INIT resets the CPU.
+    pub fn disable(&mut self, msrs: &Msrs) {
+        msrs.wrmsr(VM_CR, msrs.rdmsr(VM_CR) & !VM_CR_R_INIT);
+        // SAFETY: SVM is on, and this CPU's IDT handles NMI; interrupts are off.
+        unsafe { svm::insn::stgi() };
+        msrs.wrmsr(msr::EFER, msrs.rdmsr(msr::EFER) & !EFER_SVME);
+    }
+
     /// Runs `vcpu` until it exits.
     pub fn run(&mut self, vcpu: &mut SvmVcpu<'_>, arrived: &Arrived) -> Exit {
         if arrived.nmi.swap(false, Ordering::Relaxed) {

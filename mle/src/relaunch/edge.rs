@@ -16,6 +16,13 @@ pub struct Context {
     cr4: u64,
 }
 
+impl Context {
+    /// Where its stack is in use from.
+    pub fn stack(&self) -> u64 {
+        self.rsp
+    }
+}
+
 /// CR4.SMEP: firmware's pages are user pages in the tables that map all.
 const SMEP: i32 = 1 << 20;
 
@@ -66,6 +73,9 @@ pub unsafe extern "sysv64" fn suspend<T>(
 /// | RDI | the [`Context`] |
 /// | CR3 | tables that map this code executable, and all memory one to one |
 /// | IF, GIF | 0 |
+///
+/// # Safety
+/// [`suspend`] wrote the context, and memory is as it asks for; nothing of the present stack is used again.
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn resume_entry(context: *const Context) -> ! {
     naked_asm!(

@@ -5,7 +5,7 @@
 
 use core::fmt;
 
-use hv::addr::PhysRange;
+use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::{Msr, PhysMem};
 use hv::launch::{
     Blob, CordonEntry, FLAG_RESUME, MLE_VERSION, MleHeader, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE,
@@ -22,11 +22,12 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::digest::Hash;
 use super::edge::{self, Context};
 use super::{Answer, Block, Error, Header, MAGIC, RAM_MAX, Step, at, ticks};
+use crate::apic::{self, Xapic};
 use crate::inputs::Inputs;
 use crate::metal::{Identity, Msrs, PhysWindow, TscClock};
 use crate::pool::PagePool;
 use crate::services::GapCall;
-use crate::{memory, paging};
+use crate::{memory, paging, smp};
 
 /// Where in the launch page SKINIT is issued, as by the loader.
 const SKINIT_OFFSET: u64 = 0xf0;
@@ -130,6 +131,7 @@ impl Plan {
         header.pcr = pcr.into();
         header.region = inputs.region.start();
         header.code = code;
+        header.launch_page = inputs.launch_page.start();
         header.entry = edge::resume_entry as *const () as u64;
         for range in guest.map(|range| range.page_outward()) {
             let slot = usize::try_from(header.count).ok().and_then(|index| header.ram.get_mut(index));
@@ -310,6 +312,10 @@ impl Leaving<'_> {
         };
         write(at::SLRT, slrt.get(..*slrt_used).unwrap_or_default())?;
         write(at::LOG, self.log)?;
+        if let Some(copy) = block.launch_page() {
+            memory::copy(mem, header.launch_page, &copy)
+                .map_err(|range| Error::Unreadable { address: range.start() })?;
+        }
         // SAFETY: the tables in force map all; the page in the block is nobody else's.
         unsafe { edge::copy_page(0, block.at(at::PAGE_0)) };
         memory::copy(mem, header.region, &block.copy)
@@ -367,6 +373,11 @@ impl Leaving<'_> {
         mem.write(pointer, &block.at(at::SLRT).to_le_bytes());
         let code = plan.launch_page.saturating_add(SKINIT_OFFSET);
         mem.write(code, &SKINIT);
+        if smp::count() > 1 {
+            // SAFETY: the APIC's page is mapped; its memory type is the MTRRs'.
+            let local = Xapic(unsafe { PhysWindow::new(apic::XAPIC_BASE, PAGE_SIZE as u32) });
+            smp::reset_others(&local, &plan.clock);
+        }
         // SAFETY: the launch page is mapped with all rights and holds SKINIT.
         unsafe { edge::skinit(code, slb.start() as u32) }
     }

@@ -24,9 +24,10 @@ use core::fmt;
 
 use hv::addr::{FOUR_GIB, PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use hv::launch::{MLE_REGION_ALIGN, PCR_CODE, PCR_CONFIG, RELAUNCH_MLE, relaunch_size};
+use hv::launch::{LAUNCH_PAGE_SIZE, MLE_REGION_ALIGN, PCR_CODE, PCR_CONFIG, RELAUNCH_MLE, relaunch_size};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
+pub use self::edge::{Context, resume_entry, suspend};
 pub use self::leave::{Means, Plan, PlanError, Round};
 pub use self::state::CpuState;
 pub use self::verify::Waiting;
@@ -59,6 +60,7 @@ mod at {
     pub const PAGE_0: u64 = 0x3000;
     /// Top of the stack on which firmware is called.
     pub const STACK_TOP: u64 = 0x1_4000;
+    pub const LAUNCH_PAGE: u64 = 0x1_c000;
     pub const MAP: u64 = 0x2_0000;
     pub const LOG: u64 = 0x3_0000;
     pub const LOG_SIZE: u64 = 0x1_0000;
@@ -95,6 +97,11 @@ impl Block {
         self.at(RELAUNCH_MLE)
     }
 
+    /// The copy of the launch page, by which the old MLE starts the other CPUs.
+    fn launch_page(&self) -> Option<PhysRange> {
+        PhysRange::new(self.at(at::LAUNCH_PAGE), LAUNCH_PAGE_SIZE)
+    }
+
     fn log(&self) -> Option<PhysRange> {
         PhysRange::new(self.at(at::LOG), at::LOG_SIZE)
     }
@@ -116,6 +123,8 @@ struct Header {
     /// Where it goes on, and with what in RDI.
     entry: u64,
     context: u64,
+    /// By what it starts the other CPUs.
+    launch_page: u64,
     /// Bytes of its DRTM event log.
     log: u64,
     /// Ranges of guest RAM.
@@ -135,7 +144,7 @@ impl Header {
             return Err(Error::Unreadable { address });
         }
         let field = |field, value| Err(Error::Header { field, value });
-        let Self { magic, pcr, region, code, log, count, .. } = header;
+        let Self { magic, pcr, region, code, launch_page, log, count, .. } = header;
         let size = block.fresh.len();
         let of_region = |address| PhysRange::new(region, size).is_some_and(|r| r.contains_addr(address));
         match header {
@@ -149,6 +158,7 @@ impl Header {
             }
             _ if code == 0 || code > size || !code.is_multiple_of(PAGE_SIZE) => field("code", code),
             Self { entry, .. } if !of_region(entry) => field("entry", entry),
+            _ if !(PAGE_SIZE..0x10_0000).contains(&launch_page) => field("launch page", launch_page),
             _ if log > at::LOG_SIZE => field("log", log),
             _ if count > RAM_MAX as u64 => field("count", count),
             _ => Ok(header),
@@ -161,7 +171,7 @@ impl Header {
         let ram = self.ram.into_iter().take(count);
         let ram = ram.filter_map(|[start, last]| PhysRange::from_last(start.max(PAGE_SIZE), last));
         let page_0 = PhysRange::new(block.at(at::PAGE_0), PAGE_SIZE);
-        block.log().into_iter().chain(page_0).chain([block.copy]).chain(ram)
+        block.log().into_iter().chain(page_0).chain(block.launch_page()).chain([block.copy]).chain(ram)
     }
 
     /// The PCRs by whose values the TPM knows who spoke.

@@ -37,6 +37,7 @@ fn left() -> (Ram, Digest) {
         code: 0x2_0000,
         entry: 4 * MIB + 0x1234,
         context: 4 * MIB + 0x10_0000,
+        launch_page: 0x9_d000,
         log: 0x345,
         count: GUEST.len() as u64,
         ram,
@@ -99,6 +100,8 @@ fn what_was_left_is_accepted_and_a_changed_place_is_named() {
         (block.copy.start(), Some((block.copy.start(), REGION))),
         (block.copy.last(), Some((block.copy.start(), REGION))),
         (block.at(at::LOG), Some((block.at(at::LOG), at::LOG_SIZE))),
+        (block.at(at::PAGE_0), Some((block.at(at::PAGE_0), 0x1000))),
+        (block.at(at::LAUNCH_PAGE), Some((block.at(at::LAUNCH_PAGE), 0x2000))),
         // What nobody has digests of: memory that is not the guest's, the old region itself, the gap's answer.
         (0, None),
         (0x30_1000, None),

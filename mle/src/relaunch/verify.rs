@@ -7,7 +7,7 @@ use core::convert::Infallible;
 
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use hv::launch::PCR_CONFIG;
+use hv::launch::{LAUNCH_PAGE_SIZE, PCR_CONFIG};
 use hv::radix::{MemoryType, Rights, Tables};
 use log::info;
 use tpm::{Contention, Locality, Log, Sha256Blocks, Ticket, Tpm};
@@ -79,6 +79,11 @@ impl Waiting {
             .ok_or(Error::Header { field: "region", value: header.region })?;
         memory::copy(mem, block.copy.start(), &region)
             .map_err(|range| Error::Unreadable { address: range.start() })?;
+        let launch_page = PhysRange::new(header.launch_page, LAUNCH_PAGE_SIZE);
+        if let (Some(copy), Some(page)) = (block.launch_page(), launch_page) {
+            memory::copy(mem, copy.start(), &page)
+                .map_err(|range| Error::Unreadable { address: range.start() })?;
+        }
         if let Some(page_0) = PhysRange::new(0, PAGE_SIZE) {
             own.map_identity(pool, page_0, Rights::READ.union(Rights::WRITE), MemoryType::WriteBack)?;
             // SAFETY: mapped now, and the guest's.

@@ -9,6 +9,9 @@ use crate::cpu::Cpu;
 use crate::exposure;
 use crate::relaunch::{Error, Round};
 
+/// Longest that a call may wait for all CPUs to leave the guest, in microseconds.
+const LEAVING_US: u64 = 10_000_000;
+
 /// A call that firmware is to carry out on the bare machine.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -30,19 +33,30 @@ pub struct GapCall {
 impl Services {
     /// The call, if it can be made in this way at all, waits for its announcement to be measured, and then for the next launch.
     pub(super) fn leave(&self, call: &Call, job: Job) -> Phase {
-        let refusal = match self.parts.gap_call(&job) {
-            _ if !self.parts.relaunches => Some("relaunch needs a machine with one CPU"),
-            None => Some("no entry point in runtime code"),
-            Some(_) => None,
+        let can = self.parts.gap_call(&job).is_some();
+        let (decision, status, text) = match can {
+            true => (Decision::RELAUNCH, Status::SUCCESS, "this launch ends, to be done again"),
+            false => (Decision::DENIED, Status::UNSUPPORTED, "no entry point in runtime code"),
         };
-        let (decision, status) = match refusal {
-            Some(_) => (Decision::DENIED, Status::UNSUPPORTED),
-            None => (Decision::RELAUNCH, Status::SUCCESS),
-        };
-        let text = Some(Text::new(refusal.unwrap_or("this launch ends, to be done again")));
         let record = self.record_of(call, decision, status.0 as u64);
-        exposure::record(&Record { text, ..record });
-        if refusal.is_some() { Phase::Answered(status) } else { Phase::Leaving(job) }
+        exposure::record(&Record { text: Some(Text::new(text)), ..record });
+        if can { Phase::Leaving(job) } else { Phase::Answered(status) }
+    }
+}
+
+impl Services {
+    /// Whether a call has waited for long that all CPUs leave the guest.
+    pub(super) fn leaves_too_long(&self, call: &Call) -> bool {
+        exposure::now_us(&self.parts.clock).saturating_sub(call.since_us) > LEAVING_US
+    }
+
+    /// This launch goes on.
+    pub(super) fn stays(&self, call: &Call) -> Phase {
+        let status = Status::DEVICE_ERROR;
+        let text = Some(Text::new("not all CPUs leave the guest"));
+        let record = self.record_of(call, Decision::DENIED, status.0 as u64);
+        exposure::record(&Record { text, kind: Kind::REFUSED, ..record });
+        Phase::Answered(status)
     }
 }
 

@@ -103,8 +103,6 @@ pub struct Parts {
     pub log: &'static mut [u8],
     /// Bytes of it that are used.
     pub log_used: usize,
-    /// Whether the launch can be done again, for a call under policy `relaunch`.
-    pub relaunches: bool,
     /// What is in force, for the guest to read.
     pub status: String<STATUS_MAX>,
 }
@@ -271,6 +269,7 @@ impl Services {
                 Phase::Leaving(job) => match exposure::flush(&self.parts.clock) {
                     Settled::Wait => Err(Phase::Leaving(job)),
                     Settled::Late => Ok(Phase::Answered(Status::DEVICE_ERROR)),
+                    Settled::Measured if self.leaves_too_long(&call) => Ok(self.stays(&call)),
                     Settled::Measured => {
                         self.under_way = Some((call, Phase::Leaving(job)));
                         return Next::Relaunch;

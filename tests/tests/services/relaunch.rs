@@ -8,6 +8,9 @@ use super::{boot, pcr_22, reads_back, write};
 
 const POLICY: &str = "service.SetVariable.*:Boot00E? = relaunch\n";
 
+const COMPUTE: &str =
+    "BEGIN { do { s = 0; for (i = 1; i <= 1000; i++) s += 1 / i } while (s > 7.48547086 && s < 7.48547087) }";
+
 /// Values of PCR 17 and 18: code, configuration, kernel, RAM disk, command line.
 fn identity(machine: &mut Machine) -> String {
     machine.check("cat /sys/class/tpm/tpm0/pcr-sha256/17 /sys/class/tpm/tpm0/pcr-sha256/18").unwrap()
@@ -47,7 +50,14 @@ fn calls_come_back(spec: &Spec) {
         .check("(i=0; while sleep 0.1; do i=$((i+1)); echo $i >/tmp/ticks; done) >/dev/null 2>&1 &")
         .unwrap();
     for number in 1..=2 {
+        // A program on each CPU that ends when what it computes with floating-point registers is wrong.
+        let compute = format!(
+            "for cpu in $(seq 0 {}); do taskset -c $cpu awk '{COMPUTE}' >/dev/null 2>&1 & echo $!; done",
+            spec.cpus - 1
+        );
+        let programs = machine.check(&compute).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
         round_trip(&mut machine, number);
+        machine.check(&format!("kill {programs}")).unwrap();
         machine.check("sha256sum -c /tmp/sum").unwrap();
         machine.check("a=$(cat /tmp/ticks); sleep 1; test $(cat /tmp/ticks) -gt $a").unwrap();
         machine.check(&format!("test $(nproc) = {}", spec.cpus)).unwrap();
@@ -67,6 +77,12 @@ fn calls_come_back(spec: &Spec) {
 #[test]
 fn a_call_between_two_launches_comes_back() {
     calls_come_back(&Spec { cpus: 1, memory: 1024, ..Spec::default() });
+}
+
+/// Calls come from any CPU; the others wait, and come back with what they were doing.
+#[test]
+fn a_call_on_a_machine_with_more_cpus_comes_back() {
+    calls_come_back(&Spec { cpus: 2, ..Spec::default() });
 }
 
 #[test]
