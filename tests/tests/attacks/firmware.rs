@@ -453,7 +453,7 @@ fn succeeds(machine: &mut Machine, ground: &Ground, attack: &Fatal) {
 }
 
 /// Registers of the device that does DMA.
-fn edu(machine: &mut Machine) -> u64 {
+pub fn edu(machine: &mut Machine) -> u64 {
     Edu::all(machine).unwrap()[0].registers
 }
 
@@ -625,7 +625,7 @@ fn a_device_in_the_memory_map_is_firmwares_if_the_configuration_says_so() {
 
     let config = config(&format!("sandbox.pci.{function} = allow"));
     let mut machine = start(&hostile(Boot::Cordon, &[], Some(&config)));
-    let edu = Edu::find(&mut machine).registers;
+    let edu = edu(&mut machine);
     let copied = run(&mut machine, &dma(edu, SCRATCH, SCRATCH + 16)).unwrap();
     assert!(matches!(copied, Outcome::Ran(_)), "{copied:?}");
     assert_eq!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());

@@ -9,8 +9,8 @@ use sha2::{Digest, Sha256};
 use tests::machine::{Boot, Machine, Spec};
 use tests::paths;
 
-use super::firmware::{OTHER, SECRET, VARIABLES, VENDOR, config, dma, hostile, run, start, write32};
-use super::{Edu, Places, SCRATCH, number_after, seen};
+use super::firmware::{OTHER, SECRET, VARIABLES, VENDOR, config, dma, edu, hostile, run, start, write32};
+use super::{Places, SCRATCH, number_after, seen};
 
 // Where in the rest of the block things are handed over: `mle/src/relaunch/mod.rs`.
 const ROUND: u64 = 8;
@@ -118,7 +118,7 @@ fn firmware_between_launches_changes_nothing_of_the_guest() {
     let mut ground = Ground::start();
     let machine = &mut ground.machine;
     // The guest's devices do not write meanwhile.
-    let edu = Edu::find(machine).registers;
+    let edu = edu(machine);
     run(machine, &dma(edu, SCRATCH, SCRATCH + 16)).unwrap();
     assert_ne!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());
     seen(&format!("{BETWEEN} {BY_DEVICE}"), true);
@@ -137,7 +137,7 @@ fn each_change_between_launches_ends_the_machine() {
 #[test]
 fn firmware_that_nothing_watches_changes_the_guest() {
     let mut machine = start(&hostile(Boot::Native, &[], None));
-    let edu = Edu::find(&mut machine).registers;
+    let edu = edu(&mut machine);
     run(&mut machine, &dma(edu, SCRATCH, SCRATCH + 16)).unwrap();
     assert_eq!(machine.memory(SCRATCH + 16, 8).unwrap(), SECRET.to_le_bytes());
     seen(&format!("{BETWEEN} {BY_DEVICE}"), false);
