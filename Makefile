@@ -62,6 +62,7 @@ lint: setup ## Formatting and lints of the host code and of the images
 	set -ex; \
 	$(CARGO) fmt --all --check; \
 	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings; \
+	$(CARGO) clippy --quiet -p tests --test '*' -- -D warnings; \
 	if grep -qx rustup build/toolchain; then \
 		$(CARGO) clippy --quiet -p mle -p bare --bins --target x86_64-unknown-none -- -D warnings; \
 		$(CARGO) clippy --quiet -p loader -p hostile -p platform --target x86_64-unknown-uefi -- -D warnings; \

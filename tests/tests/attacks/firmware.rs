@@ -183,11 +183,14 @@ enum Alone {
     Hangs,
 }
 
+/// What depends on where things are on the machine.
+type On<T> = Box<dyn Fn(&Ground) -> T>;
+
 /// An attack that costs the sandbox its life.
 struct Fatal {
     name: &'static str,
-    code: Box<dyn Fn(&Ground) -> Vec<u8>>,
-    reason: Box<dyn Fn(&Ground) -> Reason>,
+    code: On<Vec<u8>>,
+    reason: On<Reason>,
     alone: Alone,
 }
 

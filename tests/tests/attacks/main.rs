@@ -580,9 +580,12 @@ fn pcrs(machine: &mut Machine) -> [String; 3] {
     [17, 18, 19].map(|n| machine.check(&format!("cat /sys/class/tpm/tpm0/pcr-sha256/{n}")).unwrap())
 }
 
+/// An attack, which fails by a panic.
+type Attack = fn(&mut Target);
+
 /// Runs all attacks, and says which did not come to what they should.
 fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
-    let attacks: [(&str, fn(&mut Target)); 13] = [
+    let attacks: [(&str, Attack); 13] = [
         ("memory", memory),
         ("tpm_locality", tpm_locality),
         ("iommu_registers", iommu_registers),
