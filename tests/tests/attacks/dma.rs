@@ -5,7 +5,7 @@ use tests::edu::{Edu, Prey};
 use tests::machine::Machine;
 use tests::region::{Region, address_at, telling};
 
-use super::{Access, Places, SCRATCH, Target, access, interrupts, seen, write};
+use super::{Access, Places, SCRATCH, Target, access, interrupts, seen_of_long, write};
 
 /// Registers of QEMU's `amd-iommu`: device table, command buffer, event log.
 const DEVICE_TABLE: u64 = 0xfed8_0000;
@@ -94,6 +94,6 @@ pub fn devices(target: &mut Target) {
         let before = smis(machine);
         interrupts::send(machine, interrupts::SMI);
         assert!(smis(machine) > before);
-        seen("guest: a device sends an SMI", false);
+        seen_of_long("guest: a device sends an SMI", false);
     }
 }

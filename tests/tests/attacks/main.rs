@@ -20,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use ::firmware::service::Service;
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
-use tests::attacks::seen;
+use tests::attacks::{seen, seen_of_long};
 use tests::edu::{self, Prey};
 use tests::machine::{Boot, Machine, Spec};
 use tests::region::Region;
