@@ -109,7 +109,35 @@ macro_rules! store_gprs {
     };
 }
 
-// The offsets that the two have as numbers.
+/// Assembly: pushes the registers that a function must preserve.
+///
+/// Of the System V convention for x86-64.
+#[macro_export]
+macro_rules! push_preserved {
+    () => {
+        "push rbx
+         push rbp
+         push r12
+         push r13
+         push r14
+         push r15"
+    };
+}
+
+/// Assembly: pops what [`push_preserved`] pushed.
+#[macro_export]
+macro_rules! pop_preserved {
+    () => {
+        "pop r15
+         pop r14
+         pop r13
+         pop r12
+         pop rbp
+         pop rbx"
+    };
+}
+
+// The offsets that the first two have as numbers.
 const _: () = {
     assert!(offset_of!(Gprs, rcx) == 0x08 && offset_of!(Gprs, rdx) == 0x10 && offset_of!(Gprs, rbx) == 0x18);
     assert!(offset_of!(Gprs, rbp) == 0x28 && offset_of!(Gprs, rsi) == 0x30 && offset_of!(Gprs, rdi) == 0x38);

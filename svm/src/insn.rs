@@ -54,12 +54,7 @@ pub unsafe extern "sysv64" fn vmrun(gprs: *mut Gprs, vmcb: u64, host: u64) {
     // back last, so that an exception in the MLE finds its TSS. x87, SSE, AVX, debug and XCR0 state is never
     // touched: the MLE is built without floating point, so what is in the registers stays the guest's.
     naked_asm!(
-        "push rbx",
-        "push rbp",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
+        hv::push_preserved!(),
         "push rdx",
         "push rdi",
         "mov rax, rsi",
@@ -73,12 +68,7 @@ pub unsafe extern "sysv64" fn vmrun(gprs: *mut Gprs, vmcb: u64, host: u64) {
         "pop rdi",
         "pop rax",
         "vmload rax",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
+        hv::pop_preserved!(),
         "ret",
     )
 }

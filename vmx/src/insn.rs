@@ -133,12 +133,7 @@ impl Vmcs for Current {
 pub unsafe extern "sysv64" fn enter(gprs: *mut Gprs, launched: u64) -> u64 {
     // x87, SSE, AVX, debug, XCR0 and syscall registers are never touched: what is in them stays the guest's.
     naked_asm!(
-        "push rbx",
-        "push rbp",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
+        hv::push_preserved!(),
         "push rdi",
         "mov eax, {host_rsp}",
         "vmwrite rax, rsp",
@@ -169,12 +164,8 @@ pub unsafe extern "sysv64" fn enter(gprs: *mut Gprs, launched: u64) -> u64 {
         "pop [rax + {rax}]",
         "pop rdi",
         "xor eax, eax",
-        "5: pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
+        "5:",
+        hv::pop_preserved!(),
         "ret",
         host_rsp = const HOST_RSP.encoding(),
         host_rip = const HOST_RIP.encoding(),

@@ -43,12 +43,7 @@ pub unsafe extern "sysv64" fn suspend<T>(
     stack: u64,
 ) {
     naked_asm!(
-        "push rbx",
-        "push rbp",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
+        hv::push_preserved!(),
         "mov [rdi], rsp",
         "mov rax, cr3",
         "mov [rdi + 8], rax",
@@ -84,12 +79,7 @@ pub unsafe extern "sysv64" fn resume_entry(context: *const Context) -> ! {
         "mov rax, [rdi + 16]",
         "mov cr4, rax",
         "mov rsp, [rdi]",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
+        hv::pop_preserved!(),
         "ret",
     )
 }
@@ -101,12 +91,7 @@ pub unsafe extern "sysv64" fn resume_entry(context: *const Context) -> ! {
 #[unsafe(naked)]
 pub unsafe extern "sysv64" fn call_firmware(frame: *const GapCall) -> u64 {
     naked_asm!(
-        "push rbx",
-        "push rbp",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
+        hv::push_preserved!(),
         "mov r12, rsp",
         "mov rax, [rdi]",
         "mov rcx, [rdi + 0x10]",
@@ -120,12 +105,7 @@ pub unsafe extern "sysv64" fn call_firmware(frame: *const GapCall) -> u64 {
         "mov rsp, r12",
         "cld",
         "cli",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbp",
-        "pop rbx",
+        hv::pop_preserved!(),
         "ret",
     )
 }
