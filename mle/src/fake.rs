@@ -105,3 +105,22 @@ impl PhysMem for Ram {
         self.0.borrow_mut().get_mut(at..at + data.len()).map(|b| b.copy_from_slice(data)).is_some()
     }
 }
+
+/// The accesses of `Mmio` that a device like the APIC does not take.
+macro_rules! registers_of_four_bytes {
+    () => {
+        fn read8(&self, _: u32) -> u8 {
+            panic!("not a register of a byte")
+        }
+        fn read64(&self, _: u32) -> u64 {
+            panic!("not a register of eight bytes")
+        }
+        fn write8(&self, _: u32, _: u8) {
+            panic!("not a register of a byte")
+        }
+        fn write64(&self, _: u32, _: u64) {
+            panic!("not a register of eight bytes")
+        }
+    };
+}
+pub(crate) use registers_of_four_bytes;

@@ -135,18 +135,7 @@ mod tests {
             }
             self.set(register, value);
         }
-        fn read8(&self, _: u32) -> u8 {
-            panic!("not a register of a byte")
-        }
-        fn read64(&self, _: u32) -> u64 {
-            panic!("not a register of eight bytes")
-        }
-        fn write8(&self, _: u32, _: u8) {
-            panic!("not a register of a byte")
-        }
-        fn write64(&self, _: u32, _: u64) {
-            panic!("not a register of eight bytes")
-        }
+        crate::fake::registers_of_four_bytes!();
     }
 
     fn guests(timer: u32, initial: u32, current: u32) -> Apic {
