@@ -10,7 +10,7 @@ use firmware::exposure::{Counters, DEFAULT_SIZE, ExposureLog, Record, Urgency};
 use hv::io::Clock;
 use hv::launch::PCR_EXPOSURE;
 use log::warn;
-use spin::Mutex;
+use spin::{Mutex, Once};
 use tpm::{Contention, Locality, Tpm};
 
 use crate::metal::{PhysWindow, TscClock};
@@ -21,7 +21,7 @@ const BOUND_US: u64 = 1_000_000;
 const NEVER: u64 = u64::MAX;
 
 static LOG: Mutex<ExposureLog<DEFAULT_SIZE>> = Mutex::new(ExposureLog::new());
-static LINK: Mutex<Option<Link>> = Mutex::new(None);
+static LINK: Once<Mutex<Link>> = Once::new();
 /// When pending records are to be measured at the latest, since the MLE's start: what each exit looks at.
 static NEXT_LOOK: AtomicU64 = AtomicU64::new(NEVER);
 /// The MLE's start by the clock, in microseconds: records count from it.
@@ -60,7 +60,7 @@ pub fn now_us(clock: &TscClock) -> u64 {
 /// Begins to measure. `tpm` is released; `degraded`: it cannot extend PCR 22, and records are only kept.
 pub fn begin(tpm: Tpm<PhysWindow, TscClock>, degraded: bool) -> Result<(), tpm::Error> {
     LOG.lock().begin(tpm.banks(), !degraded)?;
-    *LINK.lock() = Some(Link { tpm, degraded, refused_since: None });
+    LINK.call_once(|| Mutex::new(Link { tpm, degraded, refused_since: None }));
     Ok(())
 }
 
@@ -103,18 +103,17 @@ pub fn settle(clock: &TscClock) -> Settled {
 
 /// Measures all that is pending.
 pub fn flush(clock: &TscClock) -> Settled {
+    let Some(link) = LINK.get() else { return Settled::Late };
     // Another CPU is at it: what it measures may not have our record yet.
-    let Some(mut link) = LINK.try_lock() else { return Settled::Wait };
-    match link.as_mut() {
-        Some(link) => link.flush(now_us(clock)),
-        None => Settled::Late,
-    }
+    let Some(mut link) = link.try_lock() else { return Settled::Wait };
+    link.flush(now_us(clock))
 }
 
 /// Extends another PCR than the exposure log's, for the one who reads that PCR alone.
 pub fn extend(pcr: u32, data: &[u8]) -> Settled {
-    let Some(mut link) = LINK.try_lock() else { return Settled::Wait };
-    let Some(Link { tpm, degraded: false, .. }) = link.as_mut() else { return Settled::Late };
+    let Some(link) = LINK.get() else { return Settled::Late };
+    let Some(mut link) = link.try_lock() else { return Settled::Wait };
+    let Link { tpm, degraded: false, .. } = &mut *link else { return Settled::Late };
     let digests = tpm.digests_of(data);
     match with_tpm(tpm, |tpm| tpm.extend(pcr, &digests)) {
         Ok(()) => Settled::Measured,
@@ -125,7 +124,7 @@ pub fn extend(pcr: u32, data: &[u8]) -> Settled {
 
 /// Whether PCR 22 is extended at all.
 pub fn measures() -> bool {
-    LINK.lock().as_ref().is_some_and(|link| !link.degraded)
+    LINK.get().is_some_and(|link| !link.lock().degraded)
 }
 
 /// Writes the log as the guest reads it.

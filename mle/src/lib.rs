@@ -7,6 +7,7 @@ pub mod acpi;
 pub mod apic;
 pub mod backend;
 pub mod boot;
+pub mod bus_masters;
 pub mod cpu;
 pub mod devices;
 pub mod dma;

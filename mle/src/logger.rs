@@ -12,7 +12,8 @@ use crate::metal::{Ports, Serial, TscClock};
 struct SerialLog;
 
 static START_US: AtomicU64 = AtomicU64::new(0);
-static KHZ: AtomicU64 = AtomicU64::new(1);
+/// Of [`clock`]; 0 before [`init`].
+static KHZ: AtomicU64 = AtomicU64::new(0);
 static QUIET: AtomicBool = AtomicBool::new(false);
 static LOG: SerialLog = SerialLog;
 
@@ -25,7 +26,7 @@ impl Log for SerialLog {
         if QUIET.load(Ordering::Relaxed) {
             return;
         }
-        let now = TscClock { khz: KHZ.load(Ordering::Relaxed) }.now_us();
+        let now = clock().now_us();
         let since = now.saturating_sub(START_US.load(Ordering::Relaxed));
         // SAFETY: installed by the image alone (`init`), which runs at CPL 0.
         let mut serial = Serial(unsafe { Ports::new() });
@@ -47,6 +48,11 @@ pub fn init(clock: TscClock) {
     // A second logger cannot be there: this image has one entry.
     let _ = log::set_logger(&LOG);
     log::set_max_level(LevelFilter::Info);
+}
+
+/// The launch's clock, for code that is called from anywhere.
+pub fn clock() -> TscClock {
+    TscClock { khz: KHZ.load(Ordering::Relaxed).max(1) }
 }
 
 /// The guest has the serial port from now on.

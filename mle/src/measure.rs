@@ -1,7 +1,6 @@
 //! The MLE's measurements: TPM at locality 2, and the event log in the MLE's own memory.
 
 use core::fmt;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use hv::addr::PhysRange;
 use hv::io::PhysMem;
@@ -12,6 +11,7 @@ use tpm::{BankHasher, Contention, Digests, Event, Locality, Log, LogWriter, Sha2
 use zerocopy::IntoBytes;
 
 use crate::inputs::Inputs;
+use crate::logger;
 use crate::metal::{Identity, PhysWindow, TscClock};
 
 /// The localities that the guest does not get, and the pages' addresses.
@@ -20,9 +20,6 @@ pub const TPM_CLOSED: PhysRange =
         Some(range) => range,
         None => unreachable!(),
     };
-
-/// Ticks per millisecond, for [`cap`], which may be called from anywhere. Any CPU's TSC is faster than this.
-static KHZ: AtomicU64 = AtomicU64::new(1_000_000);
 
 /// Why a measurement could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +71,6 @@ impl<'a> Measurer<'a> {
         sha256: Option<Sha256Blocks>,
         log: &'a mut [u8],
     ) -> Result<Self, MeasureError> {
-        KHZ.store(clock.khz, Ordering::Relaxed);
         let locality = if degraded { Locality::Zero } else { Locality::Two };
         let mut tpm = Tpm::open(window, clock, locality, Contention::LAUNCH)?;
         if let Some(blocks) = sha256 {
@@ -175,8 +171,7 @@ fn hash_memory(hasher: &mut BankHasher, range: PhysRange, mem: &Identity) -> Res
 pub fn cap() {
     // SAFETY: the window is mapped in the SLB's tables and in ours; whoever used it does not come back.
     let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
-    let clock = TscClock { khz: KHZ.load(Ordering::Relaxed) };
-    if let Ok(mut tpm) = Tpm::open(window, clock, Locality::Two, Contention::LAUNCH) {
+    if let Ok(mut tpm) = Tpm::open(window, logger::clock(), Locality::Two, Contention::LAUNCH) {
         // A PCR that cannot be capped was capped by whatever made it so; the reset that follows clears all.
         let _ = tpm.cap(&[PCR_CODE, PCR_CONFIG, PCR_FIRMWARE, PCR_EXPOSURE]);
     }
