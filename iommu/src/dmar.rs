@@ -12,6 +12,7 @@ use hv::addr::PhysRange;
 use hv::io::PortIo;
 
 use crate::field;
+use crate::malformed::{self, Malformed};
 use crate::pci::Function;
 use crate::reserved::Reserved;
 
@@ -56,37 +57,28 @@ pub enum Problem {
     Path,
 }
 
-/// Why a table is refused: what is wrong, where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Error {
-    /// Kind of problem.
-    pub problem: Problem,
-    /// Byte of the table at which the structure or scope begins.
-    pub offset: usize,
-    /// The offending value, see [`Problem`].
-    pub value: u64,
-    /// What the value may at most be, where that makes sense; zero elsewhere.
-    pub limit: u64,
+impl malformed::Problem for Problem {
+    const TABLE: &str = "DMAR";
+    const HEADER: Self = Self::Header;
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let what = match self.problem {
-            Problem::Header => "header: signature or length",
-            Problem::Width => "host address width",
-            Problem::Length => "length of structure or scope",
-            Problem::Base => "register base",
-            Problem::Duplicate => "second unit with register base",
-            Problem::IncludeAll => "second unit for all of segment",
-            Problem::Memory => "reserved memory region",
-            Problem::Path => "device in path",
-        };
-        let Self { offset, value, limit, .. } = self;
-        write!(f, "DMAR: {what} at offset {offset}: {value:#x} (limit {limit:#x})")
+        f.write_str(match self {
+            Self::Header => "header: signature or length",
+            Self::Width => "host address width",
+            Self::Length => "length of structure or scope",
+            Self::Base => "register base",
+            Self::Duplicate => "second unit with register base",
+            Self::IncludeAll => "second unit for all of segment",
+            Self::Memory => "reserved memory region",
+            Self::Path => "device in path",
+        })
     }
 }
 
-impl core::error::Error for Error {}
+/// Why a table is refused.
+pub type Error = Malformed<Problem>;
 
 /// A checked DMAR.
 #[derive(Clone, Copy, Debug)]
@@ -98,17 +90,11 @@ impl<'a> Dmar<'a> {
     /// # Errors
     /// [`Error`]: the first problem found.
     pub fn new(table: &'a [u8]) -> Result<Self, Error> {
-        let error = |problem, value, limit| Err(Error { problem, offset: 0, value, limit });
-        let length = field(table, 4).map_or(0, u32::from_le_bytes);
-        if field(table, 0) != Some(*b"DMAR")
-            || table.len() < HEADER_SIZE
-            || usize::try_from(length) != Ok(table.len())
-        {
-            return error(Problem::Header, u64::from(length), table.len() as u64);
-        }
+        Error::check_header(table, HEADER_SIZE)?;
         let dmar = Self(table);
         if dmar.width() > WIDTH_MAX || dmar.width() < 32 {
-            return error(Problem::Width, u64::from(dmar.width()), u64::from(WIDTH_MAX));
+            let (value, limit) = (u64::from(dmar.width()), u64::from(WIDTH_MAX));
+            return Err(Error { problem: Problem::Width, offset: 0, value, limit });
         }
         let mut offset = HEADER_SIZE;
         while offset < table.len() {

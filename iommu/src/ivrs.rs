@@ -11,6 +11,7 @@ use core::fmt;
 use hv::addr::PhysRange;
 
 use crate::field;
+use crate::malformed::{self, Malformed};
 use crate::reserved::Reserved;
 
 /// Bytes before the first block: ACPI header, IVinfo, reserved.
@@ -35,36 +36,27 @@ pub enum Problem {
     Memory,
 }
 
-/// Why a table is refused: what is wrong, where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Error {
-    /// Kind of problem.
-    pub problem: Problem,
-    /// Byte of the table at which the block or entry begins.
-    pub offset: usize,
-    /// The offending value, see [`Problem`].
-    pub value: u64,
-    /// What the value may at most be, where that makes sense; zero elsewhere.
-    pub limit: u64,
+impl malformed::Problem for Problem {
+    const TABLE: &str = "IVRS";
+    const HEADER: Self = Self::Header;
 }
 
-impl fmt::Display for Error {
+impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let what = match self.problem {
-            Problem::Header => "header: signature or length",
-            Problem::Length => "length of block or entry",
-            Problem::EntryType => "type of device entry",
-            Problem::Range => "range of device ids",
-            Problem::Duplicate => "second block for IOMMU",
-            Problem::Contradiction => "register base differs between blocks for IOMMU",
-            Problem::Memory => "memory block",
-        };
-        let Self { offset, value, limit, .. } = self;
-        write!(f, "IVRS: {what} at offset {offset}: {value:#x} (limit {limit:#x})")
+        f.write_str(match self {
+            Self::Header => "header: signature or length",
+            Self::Length => "length of block or entry",
+            Self::EntryType => "type of device entry",
+            Self::Range => "range of device ids",
+            Self::Duplicate => "second block for IOMMU",
+            Self::Contradiction => "register base differs between blocks for IOMMU",
+            Self::Memory => "memory block",
+        })
     }
 }
 
-impl core::error::Error for Error {}
+/// Why a table is refused.
+pub type Error = Malformed<Problem>;
 
 /// A checked IVRS.
 #[derive(Clone, Copy, Debug)]
@@ -76,14 +68,7 @@ impl<'a> Ivrs<'a> {
     /// # Errors
     /// [`Error`]: the first problem found.
     pub fn new(table: &'a [u8]) -> Result<Self, Error> {
-        let length = field(table, 4).map_or(0, u32::from_le_bytes);
-        if field(table, 0) != Some(*b"IVRS")
-            || table.len() < HEADER_SIZE
-            || usize::try_from(length) != Ok(table.len())
-        {
-            let (value, limit) = (u64::from(length), table.len() as u64);
-            return Err(Error { problem: Problem::Header, offset: 0, value, limit });
-        }
+        Error::check_header(table, HEADER_SIZE)?;
         let mut offset = HEADER_SIZE;
         while offset < table.len() {
             let block = Block::at(table, offset)?;

@@ -16,6 +16,7 @@ mod corpus_tests;
 pub mod dmar;
 pub mod fault;
 pub mod ivrs;
+pub mod malformed;
 #[cfg(any(test, feature = "model"))]
 pub mod model;
 pub mod pci;
