@@ -306,11 +306,17 @@ impl<W: Mmio> AmdVi<W> {
         visit: fn(&P, u64, &[u8]) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut bytes = [0; BLOCK_SIZE];
+        let mut stale = true;
         for first in (0..DEVICES).step_by(BLOCK) {
-            let devices = first..=u32::MAX;
-            for (device, out) in devices.zip(bytes.as_chunks_mut().0) {
-                *out = dte_bytes(self.entry_of(device as u16));
+            // Which entry is an IOMMU's is asked only where some IOMMU's is: most of two megabytes is the same again.
+            let special = self.devices().any(|own| u32::from(own) / BLOCK as u32 == first / BLOCK as u32);
+            if special || stale {
+                let devices = first..=u32::MAX;
+                for (device, out) in devices.zip(bytes.as_chunks_mut().0) {
+                    *out = dte_bytes(self.entry_of(device as u16));
+                }
             }
+            stale = special;
             visit(platform, self.area.entry(first), &bytes)?;
         }
         Ok(())
