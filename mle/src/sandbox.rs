@@ -194,6 +194,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
         log: input.log.0,
         log_used: input.log.1,
         status: input.status,
+        relaunched: None,
     };
     // SAFETY: the area was chosen for the sandbox and is nobody else's; its first pages are for these tables.
     let (root, own_tables) = services::own_tables(&layout.sandbox, |area| unsafe { PagePool::new(area) })?;

@@ -26,6 +26,7 @@ pub mod pty;
 pub mod qemu;
 pub mod qmp;
 pub mod region;
+pub mod rounds;
 pub mod run_dir;
 pub mod senter;
 pub mod skinit;

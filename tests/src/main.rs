@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::machine::{Board, Boot, Console, Firmware, Machine, Spec, Tpm};
-use tests::{attacks, compare, denial, disks, images, senter, skinit};
+use tests::{attacks, compare, denial, disks, images, rounds, senter, skinit};
 
 #[derive(Parser)]
 #[command(about = "Builds Cordon's images and runs them in emulated machines")]
@@ -27,6 +27,8 @@ enum Action {
     Bench(Box<Bench>),
     /// Compare the machine's disks with Cordon to the same ones without, and count the instructions until DMA is denied.
     Dma(Box<Bench>),
+    /// Time the steps of a firmware call between two launches.
+    Rounds(Box<Run>),
     /// Run the attacks with Cordon and without, and count.
     Attacks {
         /// Also those that take a machine each.
@@ -205,6 +207,9 @@ fn main() -> ExitCode {
             })
             .map(|()| ExitCode::SUCCESS),
         Action::Dma(bench) => dma(&bench).map(|()| ExitCode::SUCCESS),
+        Action::Rounds(run) => images::build_initrd()
+            .and_then(|_| rounds::measure(&Spec { console: Console::Log, ..run.spec() }))
+            .map(|()| ExitCode::SUCCESS),
         Action::Attacks { all } => attacks::run(all).map(|()| ExitCode::SUCCESS),
         Action::Run(run) => run.run(),
     };

@@ -21,7 +21,7 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use super::digest::Hash;
 use super::edge::{self, Context};
-use super::{Answer, Block, Error, Header, MAGIC, RAM_MAX, Step, at, ticks};
+use super::{Answer, Block, Error, Header, MAGIC, RAM_MAX, Step, Took, at, ticks};
 use crate::apic::{self, Xapic};
 use crate::inputs::Inputs;
 use crate::metal::{Identity, Msrs, PhysWindow, TscClock};
@@ -223,6 +223,8 @@ pub struct Round {
     pub log: u64,
     /// Bytes of it.
     pub log_size: usize,
+    /// How long it took.
+    pub took: Took,
 }
 
 /// A round under way, on the stack of the MLE that goes and comes back.
@@ -255,27 +257,11 @@ impl Plan {
         let answer = Answer::read(block, mem);
         let header = Header::read(block, mem)?;
         self.header.round = header.round;
-        self.tell(&answer);
         // The new launch wrote where its log is after it had verified all else.
         let log_size = usize::try_from(answer.log_size).unwrap_or(0);
         let (rax, log) = (answer.rax, answer.log);
-        Ok(Round { rax, number: header.round, log, log_size })
-    }
-
-    fn tell(&self, answer: &Answer) {
-        let ms = |a: Step, b: Step| {
-            let ticks = |step: Step| answer.times.get(step as usize).copied().unwrap_or(0);
-            ticks(b).saturating_sub(ticks(a)).checked_div(self.clock.khz).unwrap_or(0)
-        };
-        log::info!(
-            "relaunch {}: {} ms digests, {} ms TPM, {} ms firmware, {} ms launch, {} ms verification",
-            self.header.round,
-            ms(Step::Start, Step::Digests),
-            ms(Step::Digests, Step::Vouched),
-            ms(Step::Vouched, Step::Firmware),
-            ms(Step::Firmware, Step::Launched),
-            ms(Step::Launched, Step::Verified),
-        );
+        let took = Took::of(&answer, self.clock.khz);
+        Ok(Round { rax, number: header.round, log, log_size, took })
     }
 }
 

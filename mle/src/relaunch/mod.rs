@@ -234,6 +234,31 @@ impl Answer {
     }
 }
 
+/// How long the steps of a round took, in milliseconds by the time-stamp counter, which goes on through SKINIT.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Took([u64; Step::COUNT - 1]);
+
+impl Took {
+    fn of(answer: &Answer, khz: u64) -> Self {
+        let mut took = Self::default();
+        for (step, times) in took.0.iter_mut().zip(answer.times.array_windows()) {
+            let [start, end] = times;
+            *step = end.saturating_sub(*start).checked_div(khz).unwrap_or(0);
+        }
+        took
+    }
+}
+
+impl fmt::Display for Took {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self([digests, tpm, firmware, launch, verification]) = self;
+        write!(
+            f,
+            "{digests} ms digests, {tpm} ms TPM, {firmware} ms firmware, {launch} ms launch, {verification} ms verification"
+        )
+    }
+}
+
 fn ticks() -> u64 {
     // SAFETY: RDTSC reads a counter.
     unsafe { x86::time::rdtsc() }

@@ -140,6 +140,7 @@ impl Services {
         parts.log_used = room.len();
         parts.watch.lock().distrust();
         parts.flush_nested();
+        parts.relaunched = Some((round.number, round.took));
         Ok(exposure::relaunched(round.number, call.owner, &parts.clock)?)
     }
 }

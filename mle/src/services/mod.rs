@@ -41,6 +41,7 @@ use crate::exposure::{self, Settled};
 use crate::guest::walk::GuestView;
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 use crate::paging;
+use crate::relaunch::Took;
 use crate::smi::SmiGate;
 use crate::watch::Watch;
 
@@ -105,6 +106,8 @@ pub struct Parts {
     pub log_used: usize,
     /// What is in force, for the guest to read.
     pub status: String<STATUS_MAX>,
+    /// The last of the launch's rounds under policy `relaunch`: its number, and how long it took.
+    pub relaunched: Option<(u64, Took)>,
 }
 
 /// A virtual CPU for firmware.
@@ -500,7 +503,8 @@ impl Services {
         let args = Args { rcx: g.rcx, rdx: g.rdx, r8, r9, rsp: g.rsp };
         let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
         let log = parts.log.get(..parts.log_used).unwrap_or_default();
-        let own = Own { log, status: &parts.status, sandbox: &parts.state };
+        let (status, sandbox, relaunched) = (&parts.status, &parts.state, parts.relaunched);
+        let own = Own { log, status, sandbox, relaunched };
         let begun = parts.gate.begin(service, &args, &view, &own, parts.buffer);
         let variable = parts.buffer.variable(service).map(|(guid, name)| Variable {
             guid: firmware::call::Guid::from_bytes(*guid),

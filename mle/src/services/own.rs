@@ -7,6 +7,7 @@ use firmware::sandbox::Sandbox;
 use heapless::String;
 
 use crate::guest::pci;
+use crate::relaunch::Took;
 use crate::{dma, exposure, run, smi};
 
 /// Bytes of the variables that are text, zeros after it: Linux asks for a variable's size first, and fails when it has grown
@@ -18,6 +19,7 @@ pub(super) struct Own<'a> {
     pub(super) log: &'a [u8],
     pub(super) status: &'a str,
     pub(super) sandbox: &'a Sandbox,
+    pub(super) relaunched: Option<(u64, Took)>,
 }
 
 impl OwnVariables for Own<'_> {
@@ -40,6 +42,9 @@ impl OwnVariables for Own<'_> {
                     "denied ports: {}, denied MSRs: {}, restarts: {}, longest call {} us",
                     c.denied_ports, c.denied_msrs, c.restarts, c.longest_us
                 );
+                if let Some((round, took)) = &self.relaunched {
+                    let _ = writeln!(text, "relaunches: {round}, of the last {took}");
+                }
                 let e = exposure::counters();
                 let _ = writeln!(
                     text,
