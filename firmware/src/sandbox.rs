@@ -22,7 +22,12 @@ const RTC_LAST: u8 = 0x0d;
 /// Where firmware keeps the century.
 const RTC_CENTURY: u8 = 0x32;
 /// Data port of the real-time clock.
-const RTC_DATA: u16 = 0x71;
+pub const RTC_DATA: u16 = 0x71;
+
+/// Whether a register is the clock's. CMOS memory is not: others keep their settings there.
+pub const fn is_clock(index: u8) -> bool {
+    index <= RTC_LAST || index == RTC_CENTURY
+}
 /// Writes raise a software SMI. The ACPI table that may name another port is firmware's own word, and would give the sandbox
 /// the port it likes: another counts for it only if the configuration lists it, too.
 pub const SMI_COMMAND: u16 = 0xb2;
@@ -195,6 +200,11 @@ pub enum Verdict {
     /// Write `index` to [`RTC_INDEX`] in place of what the firmware gave, advance, run on.
     SelectRtc {
         /// The register of the clock, without the bit that masks NMIs.
+        index: u8,
+    },
+    /// Do the access of [`RTC_DATA`] for the firmware, advance, run on. The guest may have selected another register meanwhile.
+    RtcData {
+        /// The register that the firmware selected last.
         index: u8,
     },
     /// IN reads all ones, OUT is dropped; advance, run on.
@@ -414,11 +424,9 @@ impl Sandbox {
             // The others do not even exit.
             _ if self.place == Place::Native => Verdict::GuardedPort,
             (RTC_INDEX, 1, false) => Verdict::SelectRtc { index: al & !NMI_MASK },
-            // CMOS memory is not the clock's: others keep their settings there.
-            (RTC_DATA, 1, false) if self.rtc_index > RTC_LAST && self.rtc_index != RTC_CENTURY => {
-                self.denied(port, input)
-            }
-            (RTC_INDEX | RTC_DATA | SMI_DATA, 1, _) | (SMI_COMMAND, 1, true) => Verdict::PassPort,
+            (RTC_DATA, 1, false) if !is_clock(self.rtc_index) => self.denied(port, input),
+            (RTC_DATA, 1, _) => Verdict::RtcData { index: self.rtc_index },
+            (RTC_INDEX | SMI_DATA, 1, _) | (SMI_COMMAND, 1, true) => Verdict::PassPort,
             (p, 4, true) if Some(p) == self.acpi.pm_timer => Verdict::PassPort,
             _ if !self.config.ports.iter().any(|r| r.width == size && whole(r, port)) => {
                 self.denied(port, input)
@@ -498,15 +506,8 @@ mod tests {
     #[test]
     fn only_the_listed_ports_at_their_widths_are_reached() {
         let mut s = running();
-        let open: [(u16, u8, bool); 7] = [
-            (0x70, 1, true),
-            (0x71, 1, true),
-            (0x71, 1, false),
-            (0xb2, 1, true),
-            (0xb3, 1, true),
-            (0xb3, 1, false),
-            (0x608, 4, true),
-        ];
+        let open: [(u16, u8, bool); 5] =
+            [(0x70, 1, true), (0xb2, 1, true), (0xb3, 1, true), (0xb3, 1, false), (0x608, 4, true)];
         for port_number in 0..=u16::MAX {
             for size in [1, 2, 4] {
                 for input in [true, false] {
@@ -517,6 +518,8 @@ mod tests {
                         Verdict::PassPort
                     } else if (port_number, size, input) == (0x70, 1, false) {
                         Verdict::SelectRtc { index: 0x0a }
+                    } else if (port_number, size) == (0x71, 1) {
+                        Verdict::RtcData { index: 0x0a }
                     } else if (port_number, size, input) == (0xb2, 1, false) {
                         Verdict::RaiseSmi { port: SMI_COMMAND, command: 0x5a }
                     } else {
@@ -539,9 +542,10 @@ mod tests {
         for index in 0..=0xffu8 {
             let selected = Verdict::SelectRtc { index: index & 0x7f };
             assert_eq!(s.exit(&port(0x70, 1, false), false, index, 1_000), selected);
-            assert_eq!(s.exit(&port(0x71, 1, true), false, 0, 1_000), Verdict::PassPort);
+            let data = Verdict::RtcData { index: index & 0x7f };
+            assert_eq!(s.exit(&port(0x71, 1, true), false, 0, 1_000), data);
             let expected = match index & 0x7f {
-                0..=0x0d | 0x32 => Verdict::PassPort,
+                0..=0x0d | 0x32 => data,
                 _ => Verdict::DenyPort,
             };
             assert_eq!(s.exit(&port(0x71, 1, false), false, 0, 1_000), expected, "{index:#x}");

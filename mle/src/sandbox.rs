@@ -11,7 +11,7 @@ use firmware::config::{Config, OnDeath};
 use firmware::deferred::Overlay;
 use firmware::memmap::{MemoryMap, MemoryType, Region};
 use firmware::policy::Policy;
-use firmware::sandbox::{SMI_DATA, Sandbox};
+use firmware::sandbox::{RTC_DATA, SMI_DATA, Sandbox};
 use firmware::service::Service;
 use firmware::smm::communicate::find_core_private;
 use firmware::tables::FirmwareTables;
@@ -129,8 +129,10 @@ pub struct Constant {
     pub nested: Tables,
     /// Those of native calls, if there are to be any.
     pub native: Option<Tables>,
-    /// From where to where the permission maps lie.
-    pub maps: (u64, u64),
+    /// From where to where the permission maps lie, but for a word of eight bytes.
+    pub maps: [(u64, u64); 2],
+    /// That word, and bits of it that stay: the port of the clock's data opens and closes.
+    pub clock: (Option<PhysRange>, u64),
 }
 
 /// Puts the sandbox together and opens the services.
@@ -144,11 +146,14 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
     let mut msrs = MsrMap::new(vendor, pool).ok_or(none("the MSR map", PAGE_SIZE))?;
     msrs.close();
     config.sandbox.msrs.iter().for_each(|&index| msrs.allow_read(index));
-    let ports: &mut PortMap = pool.object().ok_or(none("the port map", size_of::<PortMap>() as u64))?;
+    let ports: &'static mut PortMap =
+        pool.object().ok_or(none("the port map", size_of::<PortMap>() as u64))?;
     ports.close();
     // EDK2 writes it before each SMI.
     ports.allow(SMI_DATA);
-    let maps = (maps_from, pool.mark());
+    let (offset, bit) = PortMap::place(RTC_DATA);
+    let word = (&raw const *ports as u64).saturating_add(offset);
+    let maps = [(maps_from, word), (word.saturating_add(8), pool.mark())];
     let vm = Vm {
         vendor,
         msrs: msrs.address(),
@@ -194,6 +199,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
         log: input.log.0,
         log_used: input.log.1,
         status: input.status,
+        ports,
         relaunched: None,
     };
     // SAFETY: the area was chosen for the sandbox and is nobody else's; its first pages are for these tables.
@@ -217,7 +223,7 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
     }
     drop(watch);
     services::open(parts, root);
-    Ok(Constant { nested, native, maps })
+    Ok(Constant { nested, native, maps, clock: (PhysRange::new(word, 8), !bit) })
 }
 
 /// Nested tables of native calls: all that the sandbox reaches and all that the guest does, and so nothing of the MLE's (I1).

@@ -103,6 +103,11 @@ impl Iopm {
         }
     }
 
+    /// Where a port's bit is: offset of an aligned word of eight bytes, and the bit in it.
+    pub const fn place(port: u16) -> (u64, u64) {
+        (port as u64 / 64 * 8, 1 << (port % 64))
+    }
+
     /// Whether an access of `size` bytes to `port` exits.
     pub fn intercepts(&self, port: u16, size: u8) -> bool {
         (0..u32::from(size)).any(|i| {
@@ -151,6 +156,9 @@ mod tests {
         m.intercept(0xb2);
         assert!(m.intercepts(0xb2, 1) && m.intercepts(0xb0, 4) && m.intercepts(0xb1, 2));
         assert!(!m.intercepts(0xb3, 1) && !m.intercepts(0xb0, 2));
+        let (offset, bit) = Iopm::place(0xb2);
+        let at = usize::try_from(offset).unwrap();
+        assert_eq!(m.0[at..at + 8], bit.to_le_bytes());
         assert!(!m.intercepts(0xffff, 4));
         m.close();
         assert!(m.intercepts(0xffff, 4));

@@ -20,9 +20,11 @@ use crate::{exposure, smi, smp, trap, watch};
 pub fn guard(ground: &Ground<'_>, guest: &GuestMemory, cpus: &Cpus, sandbox: &Constant) {
     let Ground { pool, own, machine, image, memory, .. } = ground;
     let mut looked_at = smi::looked_at(machine.mem);
-    for (from, to) in [(image.start, image.data), guest.tables_at, cpus.maps, sandbox.maps] {
+    for (from, to) in [(image.start, image.data), guest.tables_at, cpus.maps].into_iter().chain(sandbox.maps)
+    {
         looked_at.range(from, to);
     }
+    looked_at.bits(sandbox.clock.0, sandbox.clock.1);
     looked_at.tables(own, pool, u64::MAX);
     for tables in [Some(&sandbox.nested), sandbox.native.as_ref()].into_iter().flatten() {
         looked_at.tables(tables, pool, watch::constant(tables.format()));

@@ -35,7 +35,7 @@ pub use self::gap::{GapCall, relaunch};
 use self::own::Own;
 use self::sandboxed::{Direction, End, buffer_at, copy_buffer};
 use crate::apic::Xapic;
-use crate::backend::Vcpu;
+use crate::backend::{PortMap, Vcpu};
 use crate::cpu::{Cpu, FpuArea};
 use crate::exposure::{self, Settled};
 use crate::guest::walk::GuestView;
@@ -106,6 +106,8 @@ pub struct Parts {
     pub log_used: usize,
     /// What is in force, for the guest to read.
     pub status: String<STATUS_MAX>,
+    /// Ports at which the sandbox exits.
+    pub ports: &'static mut PortMap,
     /// The last of the launch's rounds under policy `relaunch`: its number, and how long it took.
     pub relaunched: Option<(u64, Took)>,
 }

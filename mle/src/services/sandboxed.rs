@@ -2,14 +2,14 @@
 
 use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pending};
 use firmware::exposure::{Decision, Kind, Record, Text};
-use firmware::sandbox::{NotReady, RTC_INDEX, Reason, State, Verdict};
+use firmware::sandbox::{NotReady, RTC_DATA, RTC_INDEX, Reason, State, Verdict, is_clock};
 use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
 use hv::vcpu::{Access, Exit};
 use log::warn;
 use zerocopy::IntoBytes;
 
-use super::{Call, Services};
+use super::{Call, Parts, Services};
 use crate::apic::Xapic;
 use crate::cpu::Cpu;
 use crate::guest::exits::TWO_BYTES;
@@ -19,6 +19,15 @@ use crate::legacy_pic::Silenced;
 use crate::lent_timer::LentTimer;
 use crate::metal::{Identity, PhysWindow, Ports};
 use crate::{exposure, smi};
+
+impl Parts {
+    /// Selects a register for firmware. Accesses of the clock's own do not exit from then on, until the guest runs: each is one exit
+    /// less of the many that reading the time takes.
+    fn select_rtc(&mut self, ports: &Ports, index: u8) {
+        ports.out8(RTC_INDEX, index);
+        if is_clock(index) { self.ports.allow(RTC_DATA) } else { self.ports.intercept(RTC_DATA) }
+    }
+}
 
 impl Services {
     /// Gives the sandbox what a call uses of the MLE's call buffer.
@@ -114,6 +123,8 @@ impl Services {
         mut interrupted: impl FnMut(&mut Cpu) -> Option<End>,
     ) -> End {
         let parts = &mut self.parts;
+        // The guest ran, and may have selected another register.
+        parts.ports.intercept(RTC_DATA);
         loop {
             let exit = cpu.run_sandbox(&mut parts.runner(call.place).vcpu, interruptible);
             let at_return =
@@ -170,8 +181,12 @@ impl Services {
                     });
                 }
                 Verdict::SelectRtc { index } => {
-                    ports.out8(RTC_INDEX, index);
+                    parts.select_rtc(&ports, index);
                     finish_port(&mut parts.runner(call.place).vcpu, exit);
+                }
+                Verdict::RtcData { index } => {
+                    parts.select_rtc(&ports, index);
+                    port_access(&mut parts.runner(call.place).vcpu, exit, Some(ports));
                 }
                 Verdict::DenyPort => port_access(&mut parts.runner(call.place).vcpu, exit, None),
                 Verdict::DenyMsr => {
