@@ -51,6 +51,7 @@ run: $(if $(filter 1,$(NATIVE)),setup,build) ## Boot Linux under Cordon; see bel
 bench: build ## Compare the machine with Cordon to the same one without (RUNS=3 boots of each, and make run's variables)
 	@$(BENCH) bench
 	@$(BENCH) dma
+	@$(BENCH) calls
 	@$(BENCH) rounds
 
 attacks: build ## Run every attack with Cordon and without; ends with `N blocked, N live unprotected`

@@ -2,7 +2,8 @@
 # Installs what the bench needs and nothing else. Safe to repeat: each step looks first, and a run
 # with nothing to do is silent and takes a fraction of a second.
 #
-#   tests/setup.sh            everything
+#   tests/setup.sh            everything that most targets need
+#   tests/setup.sh module     besides, the module for the guest's kernel in tests/guest/firmware-calls
 #   TOOLCHAIN=rustup|debian   where `core` for the images' targets comes from (default: rustup if it answers)
 set -eu
 cd "$(dirname "$0")/.."
@@ -100,6 +101,20 @@ kernel() {
     mv "$folder.new" "$folder"
 }
 
+# Builds tests/guest/firmware-calls for the guest's kernel, and puts it to that kernel's modules.
+module() {
+    built=build/kernel/modules/firmware_calls.ko source=tests/guest/firmware-calls
+    [ ! -e "$built" ] || [ "$source/firmware_calls.c" -nt "$built" ] || return 0
+    version=$(grep -aom1 'vermagic=[^ ]*' build/kernel/modules/efivarfs.ko | cut -d= -f2)
+    install_packages "what builds modules for the guest's kernel" "1 minute" make "linux-headers-$version"
+    rm -rf build/firmware-calls
+    cp -r "$source" build/firmware-calls
+    quietly build/module.log make -C "/usr/src/linux-headers-$version" M="$PWD/build/firmware-calls" modules ||
+        die "the guest's module was not built, see build/module.log"
+    mv build/firmware-calls/firmware_calls.ko "$built"
+    rm -r build/firmware-calls
+}
+
 has_targets() {
     have=$(rustup target list --installed 2>/dev/null) || return 1
     for target in x86_64-unknown-none x86_64-unknown-uefi; do
@@ -149,4 +164,5 @@ rust() {
 packages
 kernel linux-image-amd64 kernel "70 MB" "$PARTS$DEVICES"
 kernel linux-image-cloud-amd64 kernel-cloud "27 MB" "$PARTS"
+[ "${1:-}" != module ] || module
 rust

@@ -3,6 +3,7 @@
 pub mod attacks;
 pub mod board;
 pub mod bochs;
+pub mod calls;
 pub mod channel;
 pub mod child;
 pub mod compare;

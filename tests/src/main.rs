@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::machine::{Board, Boot, Console, Firmware, Machine, Spec, Tpm};
-use tests::{attacks, compare, denial, disks, images, rounds, senter, skinit};
+use tests::{attacks, calls, compare, denial, disks, images, rounds, senter, skinit};
 
 #[derive(Parser)]
 #[command(about = "Builds Cordon's images and runs them in emulated machines")]
@@ -29,6 +29,8 @@ enum Action {
     Dma(Box<Bench>),
     /// Time the steps of a firmware call between two launches.
     Rounds(Box<Run>),
+    /// Compare firmware calls with Cordon to the same ones without.
+    Calls(Box<Bench>),
     /// Run the attacks with Cordon and without, and count.
     Attacks {
         /// Also those that take a machine each.
@@ -207,8 +209,13 @@ fn main() -> ExitCode {
             })
             .map(|()| ExitCode::SUCCESS),
         Action::Dma(bench) => dma(&bench).map(|()| ExitCode::SUCCESS),
+        Action::Calls(bench) => images::build_initrd()
+            .and_then(|()| {
+                calls::compare(&Spec { console: Console::Log, ..bench.machine.spec() }, bench.runs)
+            })
+            .map(|()| ExitCode::SUCCESS),
         Action::Rounds(run) => images::build_initrd()
-            .and_then(|_| rounds::measure(&Spec { console: Console::Log, ..run.spec() }))
+            .and_then(|()| rounds::measure(&Spec { console: Console::Log, ..run.spec() }))
             .map(|()| ExitCode::SUCCESS),
         Action::Attacks { all } => attacks::run(all).map(|()| ExitCode::SUCCESS),
         Action::Run(run) => run.run(),

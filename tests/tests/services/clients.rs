@@ -1,7 +1,7 @@
 //! Programs that use EFI variables find what they find without Cordon.
 
 use tests::machine::{Boot, Firmware, Spec};
-use tests::{images, initrd, paths};
+use tests::{calls, images, initrd, paths};
 
 use super::boot;
 
@@ -63,4 +63,47 @@ fn efivarfs_is_as_without_cordon() {
 #[ignore = "the same with the other firmware"]
 fn efivarfs_is_as_without_cordon_where_variables_are_not_in_smm() {
     same_as_without_cordon(Firmware::Plain);
+}
+
+/// What `hwclock` says of the clock that is the firmware's: it sets it, and reads back from it and from the chipset's own
+/// registers what it set; an alarm is kept.
+fn hwclock(boot_by: Boot) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let initrd = folder.path().join("initrd.img");
+    images::build_initrd().expect("RAM disk");
+    calls::build_initrd(&initrd).expect("module");
+    let mut machine = boot(&Spec { boot: boot_by, initrd, ..Spec::default() });
+    let text = machine
+        .check(
+            "for rtc in /sys/class/rtc/*; do case $(cat $rtc/name) in
+                 firmware-clock*) firmware=${rtc##*/} ;;
+                 rtc_cmos*) chipset=${rtc##*/} ;;
+             esac; done
+             read_clock() { hwclock -r -u -f /dev/$1 | sed 's/:[0-9][0-9] /:__ /; s/ *[0-9.]* seconds//'; }
+             now=$(hwclock -r -u -f /dev/$chipset); test \"$now\" = \"$(hwclock -r -u -f /dev/$firmware)\" ||
+                 test \"$(hwclock -r -u -f /dev/$chipset)\" = \"$(hwclock -r -u -f /dev/$firmware)\" || exit 1
+             date -u -s '2031-02-28 23:59:05' >/dev/null
+             hwclock -w -u -f /dev/$firmware || exit 2
+             read_clock $firmware; read_clock $chipset
+             alarm=$(date -u -d '2031-03-01 00:01:07' +%s)
+             echo $alarm >/sys/class/rtc/$firmware/wakealarm || exit 3
+             test $(cat /sys/class/rtc/$firmware/wakealarm) = $alarm || exit 4
+             echo 0 >/sys/class/rtc/$firmware/wakealarm; echo alarm: $(cat /sys/class/rtc/$firmware/wakealarm)",
+        )
+        .unwrap();
+    if boot_by == Boot::Cordon {
+        let log = machine.check("cordon verify >/dev/null && cordon log").unwrap();
+        for service in ["GetTime", "SetTime", "GetWakeupTime", "SetWakeupTime"] {
+            assert!(log.contains(service), "no {service} in\n{log}");
+        }
+    }
+    machine.power_off().unwrap();
+    text
+}
+
+#[test]
+fn hwclock_sets_the_clock_as_without_cordon() {
+    let (with, without) = (hwclock(Boot::Cordon), hwclock(Boot::Native));
+    assert_eq!(with, without);
+    assert_eq!(with.matches("Fri Feb 28 23:59:__ 2031").count(), 2, "{with}");
 }
