@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+use crate::edu::Guest;
 use crate::{initrd, paths};
 
 /// Shell functions for the guest, and where they go in it.
@@ -183,7 +185,7 @@ impl Set {
 }
 
 /// The disk of a device that is plugged in while the machine runs.
-pub const PLUGGED: &str = "plugged";
+const PLUGGED: &str = "plugged";
 
 fn disk(device: &Device) -> Option<&'static str> {
     match device.role {
@@ -217,6 +219,44 @@ pub fn exercise(set: &Set, mut check: impl FnMut(&str) -> Result<String>) -> Res
     check(&format!("{LOAD}; use_network {} {}", one.address(), other.address())).context("network")?;
     done.extend([one, other].map(|device| (device, "TCP, 4 MiB each way")));
     Ok(done)
+}
+
+/// Address of the device `name`.
+pub fn address(name: &str) -> Result<String> {
+    Ok(DEVICES.iter().find(|device| device.name == name).with_context(|| name.to_owned())?.address())
+}
+
+/// A guest on a machine that devices can be plugged into.
+pub trait Sockets: Guest {
+    /// Plugs a device in; `device` is what QEMU's `device_add` takes.
+    fn plug(&mut self, device: &Value) -> Result<()>;
+    /// Has the guest give back the device `id`, and takes it out.
+    fn unplug(&mut self, id: &str) -> Result<()>;
+}
+
+/// A function is reset, and removed and found again, and works. After [`exercise`].
+pub fn reset_and_find_again(guest: &mut impl Guest) -> Result<()> {
+    let nvme = address("NVMe")?;
+    let at = format!("/sys/bus/pci/devices/0000:{nvme}");
+    guest.check(&format!("grep -q flr {at}/reset_method && echo 1 >{at}/reset"))?;
+    guest.check(&format!("{LOAD}; use_disk {nvme}"))?;
+    guest.check(&format!("echo 1 >{at}/remove && [ ! -e {at} ] && echo 1 >/sys/bus/pci/rescan"))?;
+    guest.check(&format!("{LOAD}; use_disk {nvme}")).map(drop)
+}
+
+/// A disk is plugged into a port, used, taken out. Gives the identity that its requests bore, which no device had at launch. After
+/// [`exercise`].
+pub fn plug_and_take_out(machine: &mut impl Sockets, set: &Set) -> Result<u16> {
+    let port = DEVICES.iter().find(|device| device.role == Use::Port).context("a port")?.address();
+    let bus = machine.check(&format!("cat /sys/bus/pci/devices/0000:{port}/secondary_bus_number"))?;
+    let bus: u8 = bus.trim().parse().with_context(|| format!("the port's bus: {bus}"))?;
+    let at = format!("{bus:02x}:00.0");
+    machine.plug(&json!({"driver": "nvme", "id": "new", "serial": "new", "bus": "hot", "drive": PLUGGED}))?;
+    let digest = machine.check(&format!("{LOAD}; use_disk {at}"))?;
+    set.check_disk(PLUGGED, &digest)?;
+    machine.unplug("new")?;
+    machine.check(&format!("{LOAD}; gone() {{ [ ! -e $pci/0000:{at} ]; }}; wait_for 'end of {at}' gone"))?;
+    Ok(u16::from(bus) << 8)
 }
 
 /// Checks that, by QEMU's log, an IOMMU walked its tables for all devices in use but those that the machine lets go past it.

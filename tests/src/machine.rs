@@ -13,6 +13,7 @@ use crate::board::Board as Records;
 use crate::bochs::player::Watch;
 use crate::bochs::{self, Bochs};
 use crate::channel::{Channel, Output, Wait};
+use crate::devices::Sockets;
 use crate::emulator::Emulator;
 use crate::esp::{self, Item, Launch, Source};
 use crate::paths;
@@ -454,16 +455,6 @@ impl Machine {
         self.emulator.cpu_time()
     }
 
-    /// Plugs a device in; `device` is what QEMU's `device_add` takes.
-    pub fn plug(&mut self, device: &Value) -> Result<()> {
-        self.emulator.plug(device)
-    }
-
-    /// Has the guest give back the device `id`, and takes it out.
-    pub fn unplug(&mut self, id: &str) -> Result<()> {
-        self.emulator.unplug(id)
-    }
-
     /// Output of a command that has not ended.
     pub fn partial_output(&self) -> &[u8] {
         if self.stage() == Stage::Init { self.channel.pending() } else { &[] }
@@ -535,5 +526,14 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.emulator.quit();
+    }
+}
+impl Sockets for Machine {
+    fn plug(&mut self, device: &Value) -> Result<()> {
+        self.emulator.plug(device)
+    }
+
+    fn unplug(&mut self, id: &str) -> Result<()> {
+        self.emulator.unplug(id)
     }
 }

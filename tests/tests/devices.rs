@@ -1,8 +1,7 @@
 //! Real devices in the guest, behind the IOMMU of Cordon's machine. Those of a machine with VT-d: `senter/`.
 
-use serde_json::json;
 use tests::compare::EXITS;
-use tests::devices::{self, DEVICES, LOAD, PLUGGED, Set, Use};
+use tests::devices::{self, LOAD, Set, address};
 use tests::images;
 use tests::machine::{Boot, Machine, Spec};
 
@@ -18,40 +17,10 @@ fn boot(spec: Spec) -> (Machine, Set) {
     (machine, set)
 }
 
-fn address(name: &str) -> String {
-    DEVICES.iter().find(|device| device.name == name).unwrap().address()
-}
-
-/// A function is reset, and removed and found again, and works.
-fn reset_and_find_again(machine: &mut Machine) {
-    let nvme = address("NVMe");
-    let at = format!("/sys/bus/pci/devices/0000:{nvme}");
-    machine.check(&format!("grep -q flr {at}/reset_method && echo 1 >{at}/reset")).unwrap();
-    machine.check(&format!("{LOAD}; use_disk {nvme}")).unwrap();
-    machine.check(&format!("echo 1 >{at}/remove && [ ! -e {at} ] && echo 1 >/sys/bus/pci/rescan")).unwrap();
-    machine.check(&format!("{LOAD}; use_disk {nvme}")).unwrap();
-}
-
-/// A disk is plugged into a port, used, taken out. Gives the identity that its requests bore, which no device had at launch.
-fn plug_and_take_out(machine: &mut Machine, set: &Set) -> u16 {
-    let port = DEVICES.iter().find(|device| device.role == Use::Port).unwrap().address();
-    let bus = machine.check(&format!("cat /sys/bus/pci/devices/0000:{port}/secondary_bus_number")).unwrap();
-    let bus: u8 = bus.parse().unwrap();
-    let at = format!("{bus:02x}:00.0");
-    machine
-        .plug(&json!({"driver": "nvme", "id": "new", "serial": "new", "bus": "hot", "drive": PLUGGED}))
-        .unwrap();
-    let digest = machine.check(&format!("{LOAD}; use_disk {at}")).unwrap();
-    set.check_disk(PLUGGED, &digest).unwrap();
-    machine.unplug("new").unwrap();
-    let gone = format!("{LOAD}; gone() {{ [ ! -e $pci/0000:{at} ]; }}; wait_for 'end of {at}' gone");
-    machine.check(&gone).unwrap();
-    u16::from(bus) << 8
-}
-
 /// The guest's accesses to devices, and theirs to memory, are none of the MLE's business.
 fn transfers_without_exits(machine: &mut Machine) {
-    let start = format!("{LOAD}; {EXITS} disk=$(disk_of {}) && exits && before=$total", address("NVMe"));
+    let start =
+        format!("{LOAD}; {EXITS} disk=$(disk_of {}) && exits && before=$total", address("NVMe").unwrap());
     let read = "dd if=$disk of=/dev/null bs=1M iflag=direct 2>/dev/null";
     let exits =
         machine.check(&format!("{start} && {read} && {read} && exits && echo $((total - before))")).unwrap();
@@ -64,8 +33,8 @@ fn every_device_works_and_the_iommu_translates_for_it() {
     let (mut machine, set) = boot(Spec::default());
     let done = devices::exercise(&set, |script| machine.check(script)).unwrap();
     transfers_without_exits(&mut machine);
-    reset_and_find_again(&mut machine);
-    let plugged = plug_and_take_out(&mut machine, &set);
+    devices::reset_and_find_again(&mut machine).unwrap();
+    let plugged = devices::plug_and_take_out(&mut machine, &set).unwrap();
     let log = machine.dir().file("cpu.log");
     devices::check_walked(&done, &log).unwrap();
     assert!(devices::walked(&log).unwrap().contains(&plugged), "{plugged:#x}");
@@ -84,7 +53,7 @@ fn every_device_works_without_cordon_and_nothing_is_translated_where_the_iommu_i
         let log = machine.dir().file("cpu.log");
         if translated {
             devices::check_walked(&done, &log).unwrap();
-            plug_and_take_out(&mut machine, &set);
+            devices::plug_and_take_out(&mut machine, &set).unwrap();
         } else {
             assert!(devices::walked(&log).unwrap().is_empty());
         }

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use hv::failure::{Record, SenterError, Stage};
 use memory::Wrong;
+use serde_json::Value;
 use tests::channel::{Channel, Wait};
 use tests::child;
-use tests::devices;
+use tests::devices::{self, Sockets};
 use tests::edu::{self, Guest};
 use tests::emulator::Emulator;
 use tests::qemu::Qemu;
@@ -137,6 +138,16 @@ impl Machine {
     }
 }
 
+impl Sockets for Machine {
+    fn plug(&mut self, device: &Value) -> Result<()> {
+        self.qemu.plug(device)
+    }
+
+    fn unplug(&mut self, id: &str) -> Result<()> {
+        self.qemu.unplug(id)
+    }
+}
+
 impl Guest for Machine {
     fn check(&mut self, script: &str) -> Result<String> {
         let mark = self.channel.send_script(script)?;
@@ -176,7 +187,11 @@ fn linux_starts_behind_vt_d() {
     assert_eq!(machine.register(regs::CMD_SECRETS) & 1, 1);
     assert_eq!(machine.register(regs::CMD_OPEN_LOCALITY1) & 1, 1);
     let done = devices::exercise(&set, |script| machine.check(script)).unwrap();
-    devices::check_walked(&done, &machine.dir.file("qemu.log")).unwrap();
+    devices::reset_and_find_again(&mut machine).unwrap();
+    let plugged = devices::plug_and_take_out(&mut machine, &set).unwrap();
+    let log = machine.dir.file("qemu.log");
+    devices::check_walked(&done, &log).unwrap();
+    assert!(devices::walked(&log).unwrap().contains(&plugged), "{plugged:#x}");
     devices::print("intel-iommu", &done);
     let log = fs::read_to_string(machine.dir.file("qemu.log")).unwrap();
     assert!(!log.contains("vtd_dmar_fault"), "{log}");
