@@ -105,7 +105,7 @@ impl Iopm {
 
     /// Where a port's bit is: offset of an aligned word of eight bytes, and the bit in it.
     pub const fn place(port: u16) -> (u64, u64) {
-        (port as u64 / 64 * 8, 1 << (port % 64))
+        ((port as u64 >> 6) << 3, 1 << (port % 64))
     }
 
     /// Whether an access of `size` bytes to `port` exits.

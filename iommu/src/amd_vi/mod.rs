@@ -309,7 +309,7 @@ impl<W: Mmio> AmdVi<W> {
         let mut stale = true;
         for first in (0..DEVICES).step_by(BLOCK) {
             // Which entry is an IOMMU's is asked only where some IOMMU's is: most of two megabytes is the same again.
-            let special = self.devices().any(|own| u32::from(own) / BLOCK as u32 == first / BLOCK as u32);
+            let special = self.devices().any(|own| u32::from(own).wrapping_sub(first) < BLOCK as u32);
             if special || stale {
                 let devices = first..=u32::MAX;
                 for (device, out) in devices.zip(bytes.as_chunks_mut().0) {
