@@ -58,10 +58,14 @@ pub fn add_program(base: &Path, program: &Path, to: &Path) -> Result<()> {
 }
 
 /// Writes the RAM disk `base`, which [`build`] made of the folder `modules`, and behind it more modules of that folder, for init to
-/// load after the others, to `to`.
+/// load after the others, to `to`. All of them must have files there.
 pub fn add_modules(base: &Path, modules: &Path, names: &[&str], to: &Path) -> Result<()> {
     let there = load_order(modules, &MODULES)?;
     let all = load_order(modules, &[&MODULES, names].concat())?;
+    for name in names {
+        let found = all.iter().any(|file| module_name(file).as_deref() == Some(&name.replace('-', "_")));
+        ensure!(found, "no module {name} in {}", modules.display());
+    }
     let mut archive = Archive::default();
     archive.add_modules(&all, &there)?;
     append(base, archive, to)
@@ -108,13 +112,18 @@ impl Archive {
     }
 }
 
+/// The kernel's name for the module in a file.
+fn module_name(file: &Path) -> Option<String> {
+    Some(file.file_stem()?.to_string_lossy().replace('-', "_"))
+}
+
 /// The files of the modules `names` and of all they depend on. A module that the kernel has built in has no file.
 fn load_order(modules: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
     let mut files = BTreeMap::new();
     for entry in fs::read_dir(modules).with_context(|| modules.display().to_string())? {
         let path = entry?.path();
-        if let Some(stem) = path.file_stem() {
-            files.insert(stem.to_string_lossy().replace('-', "_"), path.clone());
+        if let Some(name) = module_name(&path) {
+            files.insert(name, path.clone());
         }
     }
     let mut order = Vec::new();
@@ -199,6 +208,8 @@ mod tests {
         assert!(all.starts_with("base!\x00\x00\x00070701"), "{all}");
         assert!(all.contains("scsi_mod.ko\nsd_mod.ko\nusbcore.ko\nusb-storage.ko\n"), "{all}");
         assert!(all.contains("lib/modules/usbcore.ko") && !all.contains("lib/modules/scsi_mod.ko"), "{all}");
+        let error = add_modules(&base, dir.path(), &["usb-storrage"], &dir.path().join("to")).unwrap_err();
+        assert!(error.to_string().starts_with("no module usb-storrage in "), "{error}");
     }
 
     #[test]
