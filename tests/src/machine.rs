@@ -175,9 +175,13 @@ impl Spec {
 
     /// The whole kernel command line.
     pub fn full_cmdline(&self) -> String {
-        // What Bochs emulates is slow: the kernel's tests of its ciphers would take half a minute.
-        let slow =
-            if self.board == Board::Intel { " cryptomgr.notests no_timer_check intel_iommu=off" } else { "" };
+        // What Bochs emulates is slow: the kernel's tests of its ciphers would take half a minute, and the 10 microseconds
+        // between two Startup IPIs are 100 instructions, less than a CPU needs to leave its guest and enter it again.
+        let slow = if self.board == Board::Intel {
+            " cryptomgr.notests no_timer_check intel_iommu=off cpu_init_udelay=10000"
+        } else {
+            ""
+        };
         format!("console=ttyS0{slow} {}", self.cmdline).trim_end().to_owned()
     }
 

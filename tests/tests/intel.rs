@@ -104,6 +104,15 @@ fn linux_starts_after_senter() {
 }
 
 #[test]
+#[ignore = "takes eight minutes"]
+fn linux_starts_two_cpus_after_senter() {
+    let mut machine = start(&cordon_spec());
+    let said = machine.check("nproc; taskset 2 grep -c processor /proc/cpuinfo");
+    assert_eq!(expect(&machine, said).trim(), "2\n2");
+    machine.power_off().expect("power off");
+}
+
+#[test]
 #[ignore = "takes three minutes"]
 fn what_is_wrong_at_senter_has_its_name_in_the_errorcode() {
     let fault = |fault| Spec { senter_fault: Some(fault), ..cordon_spec() };

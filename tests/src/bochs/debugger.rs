@@ -38,6 +38,11 @@ pub enum Stop {
         /// Physical address of the access.
         at: u64,
     },
+    /// A CPU has left its guest, and is at the first instruction of its host.
+    VmExit {
+        /// The CPU's number.
+        cpu: u32,
+    },
     /// Somebody asked for it.
     Interrupted,
     /// The machine is gone.
@@ -160,6 +165,20 @@ impl Debugger {
         self.watch("r", physical, length)
     }
 
+    /// Stops at VM exits of a CPU, or no longer.
+    pub fn watch_exits(&mut self, cpu: u32, watched: bool) -> Result<()> {
+        self.select(cpu)?;
+        let reply = self.ask("vmexitbp")?;
+        let wanted = if watched { "enabled" } else { "disabled" };
+        ensure!(reply.contains(wanted), "Bochs' debugger: VM exits of CPU {cpu}: {}", reply.trim());
+        Ok(())
+    }
+
+    /// Takes part of a CPU's state from the file `cpuN` in a folder below Bochs' working folder.
+    pub fn restore_cpu(&mut self, cpu: u32, folder: &str) -> Result<()> {
+        self.ask(&format!("restore \"cpu{cpu}\" \"{folder}\"")).map(drop)
+    }
+
     fn watch(&mut self, kind: &str, physical: u64, length: u64) -> Result<()> {
         let reply = self.ask(&format!("watch {kind} {physical:#x} {length:#x}"))?;
         ensure!(reply.contains("inserted"), "Bochs' debugger: watch {physical:#x}: {}", reply.trim());
@@ -255,6 +274,9 @@ fn parse_stop(text: &str) -> Stop {
         if said.starts_with("Breakpoint ") {
             return Stop::Breakpoint { cpu };
         }
+        if said.starts_with("Caught VMEXIT breakpoint") {
+            return Stop::VmExit { cpu };
+        }
         let watched = |kind: &str| {
             let address = said.strip_prefix(&format!("Caught {kind} watch point at "))?;
             let digits = address.trim().trim_start_matches("0x");
@@ -285,6 +307,8 @@ mod tests {
     fn stops_name_cpu_and_address() {
         let text = "(1) Caught write watch point at 0x0000fed40018\nNext at t=1\n(1) [0x...] x\n";
         assert_eq!(parse_stop(text), Stop::Write { cpu: 1, at: 0xfed4_0018 });
+        let text = "(1) Caught VMEXIT breakpoint\nNext at t=1\n";
+        assert_eq!(parse_stop(text), Stop::VmExit { cpu: 1 });
         let text = "(0) Breakpoint 2, in 0038:000000003d9a1eac ()\nNext at t=1\n";
         assert_eq!(parse_stop(text), Stop::Breakpoint { cpu: 0 });
         assert_eq!(parse_stop("Next at t=5\n(0) [0x1] 2:3 (unk. ctxt): hlt\n"), Stop::Interrupted);

@@ -90,6 +90,7 @@ impl Bochs {
         };
         let configuration = configuration(spec, &console, &link.path.to_string_lossy());
         fs::write(dir.file("bochs.txt"), configuration)?;
+        player::write_states(dir.path(), spec.cpus)?;
         let mut command = child::command("bochs-bin");
         command.current_dir(dir.path()).args(["-q", "-f", "bochs.txt"]);
         command.env("SDL_VIDEODRIVER", "dummy").env("SDL_AUDIODRIVER", "dummy");

@@ -3,8 +3,9 @@
 //! From the moment at which the firmware says what it starts: until then there is no TPM, so that the firmware does not spend a
 //! minute of the emulator's on measuring.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -34,6 +35,19 @@ mod leaf {
 }
 /// A chipset with TXT is there; ENTERACCS, EXITAC, SENTER, SEXIT, PARAMETERS, SMCTRL, WAKEUP.
 const CAPABILITIES: u64 = 0x1fd;
+
+/// Folder in the run's folder with each CPU's state that [`Player::forget_init`] sets.
+const NOTHING_PENDING: &str = "nothing-pending";
+
+/// Writes what the player has Bochs read, into the run's folder.
+pub fn write_states(dir: &Path, cpus: u32) -> Result<()> {
+    let folder = dir.join(NOTHING_PENDING);
+    fs::create_dir(&folder)?;
+    for cpu in 1..cpus {
+        fs::write(folder.join(format!("cpu{cpu}")), format!("cpu{cpu} = {{\n  pending_event = 0x0\n}}\n"))?;
+    }
+    Ok(())
+}
 
 /// What the player has seen.
 #[derive(Clone, Default)]
@@ -148,6 +162,7 @@ impl Player {
                     return Ok(false);
                 }
             }
+            Stop::VmExit { cpu } => self.forget_init(machine, cpu)?,
             Stop::Breakpoint { cpu } => {
                 machine.select(cpu)?;
                 let registers = machine.registers()?;
@@ -300,7 +315,19 @@ impl Player {
         let intact = machine.read(launch.base, launch.image.len())? == launch.image;
         self.say(&format!("MLE entered, {}", if intact { "unchanged" } else { "CHANGED" }));
         self.watch.lock().stage = Some(Stage::Mle);
+        for cpu in 1..self.part.cpus {
+            machine.watch_exits(cpu, true)?;
+        }
         self.arm(machine, launch.base, launch.image.len())
+    }
+
+    /// Repairs a defect of Bochs 2.7: an INIT that came in VMX non-root operation stays pending after its exit, until a reset.
+    /// A CPU that waits for its Startup IPI has its first exit by INIT, or by that IPI, and nothing else pending.
+    fn forget_init(&mut self, machine: &mut Debugger, cpu: u32) -> Result<()> {
+        machine.restore_cpu(cpu, NOTHING_PENDING)?;
+        machine.watch_exits(cpu, false)?;
+        self.say(&format!("CPU {cpu} has left its guest; no INIT is pending"));
+        Ok(())
     }
 
     fn exit(&mut self, machine: &mut Debugger) -> Result<()> {
