@@ -6,7 +6,7 @@
 use heapless::Vec;
 
 use crate::bank::{Bank, Banks, Digest, HashAlg};
-use crate::creation::{Ticket, locality_bit};
+use crate::creation::{Counts, Ticket, locality_bit};
 use crate::error::{Error, Field};
 use crate::reader::Reader;
 
@@ -308,13 +308,13 @@ pub(crate) fn parse_create_primary(response: &[u8]) -> Result<(u32, Ticket), Err
     Ok((object, ticket))
 }
 
-/// restartCount of a [`read_clock`] response.
-pub(crate) fn parse_restart_count(response: &[u8]) -> Result<u32, Error> {
+/// What a [`read_clock`] response has counted.
+pub(crate) fn parse_counts(response: &[u8]) -> Result<Counts, Error> {
     let mut fields = Fields::of(response);
-    // Time and clock, 8 bytes each, and resetCount: no ticket outlives a reset.
-    fields.get(Field::Clock, |r| r.bytes(20))?;
+    let _time_and_clock = fields.get(Field::Clock, |r| r.bytes(16))?;
+    let resets = fields.get(Field::Clock, Reader::be32)?;
     let restarts = fields.get(Field::Clock, Reader::be32)?;
     let _safe = fields.get(Field::Clock, Reader::u8)?;
     fields.end()?;
-    Ok(restarts)
+    Ok(Counts { resets, restarts })
 }

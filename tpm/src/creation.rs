@@ -9,10 +9,13 @@
 //! where whoever likes extends them as was done before. So the 32 bytes are over restartCount too, which a restart counts as well as a
 //! DRTM event: a ticket is good after exactly one of them, the launch that asks.
 //!
+//! TPM2_Clear sets restartCount and resetCount to 0 and leaves the seed too. Only a reset counts resetCount up again, and it ends the
+//! seed. So that is noted as well, and where it is 0 nothing is: no ticket outlives a TPM2_Clear.
+//!
 //! Nothing of what the ticket's keeper says is parsed: the verifier makes the note from what it sees itself, and the TPM compares.
 //!
 //! Spec: \[TPM2\] part 1 "Ticket Definition", part 2 "TPMS_CLOCK_INFO", part 3 "TPM2_CreatePrimary", "TPM2_CertifyCreation",
-//! "TPM2_ReadClock".
+//! "TPM2_ReadClock", "TPM2_Clear".
 
 use hv::io::{Clock, Mmio};
 
@@ -45,15 +48,27 @@ impl Ticket {
     }
 }
 
+/// Of TPMS_CLOCK_INFO: what tells one life of the TPM from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// resetCount.
+    pub resets: u32,
+    /// restartCount: restarts and DRTM events since the last reset.
+    pub restarts: u32,
+}
+
 impl<M: Mmio, C: Clock> Tpm<M, C> {
     /// Has the TPM note that the holder of its locality said `data` while `pcrs` of the SHA-256 bank had their present values.
     ///
     /// # Errors
-    /// What the TPM refuses; among that that it has no room for an object. No object is left in it.
+    /// What the TPM refuses; among that that it has no room for an object. No object is left in it. [`Error::Cleared`].
     pub fn vouch(&mut self, pcrs: &[u32], data: &[u8; 32]) -> Result<Ticket, Error> {
         let selection = command::selection_of(HashAlg::SHA256, pcrs)?;
-        let restarts = self.restart_count()?;
-        let create = command::create_primary(&selection, &said(data, restarts)?)?;
+        let counts = self.counts()?;
+        if counts.resets == 0 {
+            return Err(Error::Cleared);
+        }
+        let create = command::create_primary(&selection, &said(data, counts)?)?;
         let (object, ticket) =
             self.run(command::CC_CREATE_PRIMARY, &create, command::parse_create_primary)?;
         self.flush(object)?;
@@ -66,23 +81,24 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
     /// # Errors
     /// What the TPM refuses, but for a ticket that is none.
     pub fn vouched(&mut self, pcrs: &[u32], data: &[u8; 32], ticket: &Ticket) -> Result<bool, Error> {
-        match self.restart_count()?.checked_sub(1) {
-            Some(restarts) => self.vouched_at(pcrs, data, ticket, restarts),
+        let Counts { resets, restarts } = self.counts()?;
+        match restarts.checked_sub(1) {
+            Some(restarts) => self.vouched_at(pcrs, data, ticket, Counts { resets, restarts }),
             None => Ok(false),
         }
     }
 
-    /// [`Tpm::vouched`] when restartCount was `restarts`.
+    /// [`Tpm::vouched`] when the TPM had counted `counts`.
     pub(crate) fn vouched_at(
         &mut self,
         pcrs: &[u32],
         data: &[u8; 32],
         ticket: &Ticket,
-        restarts: u32,
+        counts: Counts,
     ) -> Result<bool, Error> {
         let selection = command::selection_of(HashAlg::SHA256, pcrs)?;
         let locality = self.locality().ok_or(Error::LocalityNotHeld)?;
-        let said = said(data, restarts)?;
+        let said = said(data, counts)?;
         let mut values = command::Command::new();
         for pcr in (0..24).filter(|pcr| pcrs.contains(pcr)) {
             let value = self.read_pcr(HashAlg::SHA256, pcr)?.ok_or(Error::NoBanks)?;
@@ -104,8 +120,8 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
         }
     }
 
-    pub(crate) fn restart_count(&mut self) -> Result<u32, Error> {
-        self.run(command::CC_READ_CLOCK, &command::read_clock()?, command::parse_restart_count)
+    pub(crate) fn counts(&mut self) -> Result<Counts, Error> {
+        self.run(command::CC_READ_CLOCK, &command::read_clock()?, command::parse_counts)
     }
 
     fn flush(&mut self, object: u32) -> Result<(), Error> {
@@ -113,9 +129,9 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
     }
 }
 
-/// What the creator has the TPM note: `data` was said when the TPM had counted `restarts`.
-fn said(data: &[u8; 32], restarts: u32) -> Result<Digest, Error> {
-    sha256(&[data, &restarts.to_be_bytes()])
+/// What the creator has the TPM note: `data` was said when the TPM had counted `counts`.
+fn said(data: &[u8; 32], counts: Counts) -> Result<Digest, Error> {
+    sha256(&[data, &counts.resets.to_be_bytes(), &counts.restarts.to_be_bytes()])
 }
 
 fn sha256(parts: &[&[u8]]) -> Result<Digest, Error> {

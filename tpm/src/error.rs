@@ -148,6 +148,8 @@ pub enum Error {
     TooManyBanks,
     /// No bank is active: nothing can be measured.
     NoBanks,
+    /// The TPM was cleared since its last reset: resetCount is 0, so nothing that it notes could be told from what it noted before.
+    Cleared,
     /// Digests are not those of the active banks, in order.
     Digests,
     /// The event log being written has no room.
@@ -185,6 +187,7 @@ impl Error {
             Self::NoBanks => 20,
             Self::Digests => 21,
             Self::LogFull { .. } => 22,
+            Self::Cleared => 23,
         }
     }
 }
@@ -227,6 +230,7 @@ impl core::fmt::Display for Error {
             }
             Self::TooManyBanks => write!(f, "TPM: more than {MAX_BANKS} PCR banks"),
             Self::NoBanks => write!(f, "TPM: no PCR bank is active"),
+            Self::Cleared => write!(f, "TPM: cleared since its last reset, resetCount is 0"),
             Self::Digests => write!(f, "TPM: digests do not match the active PCR banks"),
             Self::LogFull { need, have } => write!(f, "event log: {need} bytes needed, {have} left"),
         }

@@ -64,8 +64,9 @@ fn created(tag: u16, hierarchy: u32, ticket: &[u8]) -> Vec<u8> {
 fn tickets_are_those_of_the_specification() {
     let fifo = Fifo::new(launched());
     let mut tpm = open(&fifo).0.unwrap();
-    let clock =
-        |size: u8| [&[0x80, 1, 0, 0, 0, size][..], &[0; 27], &[3], &[0; 9]].concat()[..size.into()].to_vec();
+    let clock = |size: u8| {
+        [&[0x80, 1, 0, 0, 0, size][..], &[0; 23], &[2, 0, 0, 0, 3], &[0; 9]].concat()[..size.into()].to_vec()
+    };
     let mut asked = |answer: Vec<u8>| {
         let commands = fifo.state().tpm.seen.len();
         fifo.state().tpm.answer.push_back(clock(35));
@@ -82,7 +83,8 @@ fn tickets_are_those_of_the_specification() {
     for command in [read_clock, create, flush] {
         TpmCommand::cast(command).unwrap().validate().unwrap();
     }
-    let outside = crate::digest_of(HashAlg::SHA256, &[&[0x5a; 32], &[0, 0, 0, 3]]).unwrap().to_string();
+    let outside =
+        crate::digest_of(HashAlg::SHA256, &[&[0x5a; 32], &[0, 0, 0, 2, 0, 0, 0, 3]]).unwrap().to_string();
     assert_eq!(
         hex::encode(create),
         "8002".to_owned()
@@ -240,7 +242,7 @@ proptest! {
         let mut tpm = open(&fifo).0.unwrap();
         for answer in answers {
             for clock in [true, false] {
-                let good = [&[0x80, 1, 0, 0, 0, 35][..], &[0; 29]].concat();
+                let good = [&[0x80, 1, 0, 0, 0, 35][..], &[0; 20], &[1; 9]].concat();
                 fifo.state().tpm.answer.extend(clock.then_some(good).into_iter().chain([answer.clone()]));
                 let _ = tpm.vouch(&[17], &[0; 32]);
                 fifo.state().tpm.answer.clear();

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use super::{ALL, a_launch_on, open};
+use crate::creation::Counts;
 use crate::model::{FakeTpm, Fifo, Ticks};
 use crate::{Contention, Digest, Error, HashAlg, Locality, Ticket, Tpm};
 
@@ -136,6 +137,14 @@ fn reset(tpm: Tpm<Fifo, Ticks>, fifo: &Fifo, kind: u8) -> Tpm<Fifo, Ticks> {
     tpm
 }
 
+/// TPM2_Clear with platform authorization.
+fn clear(fifo: &Fifo) {
+    const CLEAR: &str = "80020000001b000001264000000c00000009400000090000000000";
+    let command = hex::decode(CLEAR).unwrap();
+    let response = fifo.state().tpm.execute(0, &command);
+    assert_eq!(response[6..10], [0; 4], "{response:x?}");
+}
+
 #[test]
 fn a_launch_on_swtpm() {
     let Some((_swtpm, fifo)) = launched_swtpm() else { return };
@@ -233,12 +242,12 @@ fn a_ticket_of_before_a_restart_or_reset_is_none() {
     for kind in [1, 0] {
         round(&mut tpm);
         let ticket = tpm.vouch(&PCRS, &said).unwrap();
-        let restarts = tpm.restart_count().unwrap();
+        let counts = tpm.counts().unwrap();
         tpm = reset(tpm, &fifo, kind);
         round(&mut tpm);
         assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
         // Without the count a restart would have let it pass: it is good for the state of before in all else.
-        let alone = tpm.vouched_at(&PCRS, &said, &ticket, restarts).unwrap();
+        let alone = tpm.vouched_at(&PCRS, &said, &ticket, counts).unwrap();
         assert_eq!(alone, kind == 1);
         // What is said now, the next launch knows again.
         let ticket = tpm.vouch(&PCRS, &said).unwrap();
@@ -247,4 +256,38 @@ fn a_ticket_of_before_a_restart_or_reset_is_none() {
         assert!(tpm.vouched(&PCRS, &said, &ticket).unwrap());
         tpm = reset(tpm, &fifo, 0);
     }
+}
+
+/// TPM2_Clear sets back what tells a restart from none, so what was vouched for before is none, and nothing is vouched for until a reset.
+#[test]
+fn a_ticket_of_before_a_clear_is_none() {
+    let Some((_swtpm, fifo)) = launched_swtpm() else { return };
+    let mut tpm = open(&fifo).0.unwrap();
+    launch(&mut tpm, b"image");
+    let said = [7; 32];
+    let round = |tpm: &mut Tpm<Fifo, Ticks>| tpm.extend(COUNT, &tpm.digests_of(b"round 1")).unwrap();
+    round(&mut tpm);
+    let ticket = tpm.vouch(&PCRS, &said).unwrap();
+    let counts = tpm.counts().unwrap();
+    // By the platform's hierarchy, whose authorization is empty in a TPM that nobody gave one.
+    clear(&fifo);
+    assert_eq!(tpm.counts().unwrap(), Counts { resets: 0, restarts: 0 });
+    assert_eq!(tpm.vouch(&PCRS, &said), Err(Error::Cleared));
+    tpm = reset(tpm, &fifo, 1);
+    clear(&fifo);
+    round(&mut tpm);
+    // As many restarts as a good ticket has behind it.
+    while tpm.counts().unwrap().restarts <= counts.restarts {
+        drtm_again(&fifo, b"the block");
+        launch(&mut tpm, b"image");
+    }
+    assert_eq!(tpm.counts().unwrap(), Counts { resets: 0, restarts: counts.restarts + 1 });
+    assert!(!tpm.vouched(&PCRS, &said, &ticket).unwrap());
+    // Without the count of resets it would have passed.
+    assert!(tpm.vouched_at(&PCRS, &said, &ticket, counts).unwrap());
+    tpm = reset(tpm, &fifo, 0);
+    let ticket = tpm.vouch(&PCRS, &said).unwrap();
+    drtm_again(&fifo, b"the block");
+    launch(&mut tpm, b"image");
+    assert!(tpm.vouched(&PCRS, &said, &ticket).unwrap());
 }
