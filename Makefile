@@ -50,9 +50,11 @@ run: $(if $(filter 1,$(NATIVE)),setup,build) ## Boot Linux under Cordon; see bel
 
 bench: build ## Compare the machine with Cordon to the same one without (RUNS=3 boots of each, and make run's variables)
 	@$(BENCH) bench
+ifneq ($(MACHINE),intel)
 	@$(BENCH) dma
 	@$(BENCH) calls
 	@$(BENCH) rounds
+endif
 
 attacks: build ## Run every attack with Cordon and without; ends with `N blocked, N live unprotected`
 	@$(BENCH) attacks --all
