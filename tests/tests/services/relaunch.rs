@@ -90,3 +90,9 @@ fn a_call_on_a_machine_with_more_cpus_comes_back() {
 fn calls_of_firmware_without_smm_come_back() {
     calls_come_back(&Spec { cpus: 1, memory: 1024, firmware: Firmware::Plain, ..Spec::default() });
 }
+
+#[test]
+#[ignore = "the same with yet more CPUs"]
+fn a_call_on_a_machine_with_four_cpus_comes_back() {
+    calls_come_back(&Spec { cpus: 4, memory: 1024, ..Spec::default() });
+}
