@@ -70,16 +70,12 @@ pub fn compare(spec: &Spec, runs: usize) -> Result<()> {
             ms(native.least),
             ms(cordon.median),
             ms(cordon.least),
-            native_ratio(native, cordon),
+            cordon.median as f64 / native.median as f64,
             ms(native.held_off),
             ms(cordon.held_off),
         );
     }
     Ok(())
-}
-
-fn native_ratio(native: Figures, cordon: Figures) -> f64 {
-    cordon.median as f64 / native.median as f64
 }
 
 /// The median of each figure.
