@@ -99,6 +99,39 @@ pub fn arguments() -> Vec<String> {
     .collect()
 }
 
+/// Places and addresses of the registers of all PCI functions with this device identifier, in the order of their buses, with memory
+/// and bus master on, as on the bridges before them.
+pub fn functions(guest: &mut impl Guest, device: u16) -> Result<Vec<(String, u64)>> {
+    let found = guest.check(&format!(
+        "cd /sys/bus/pci/devices
+        for device in $(grep -l {device:#06x} */device | cut -d/ -f1); do
+            at=$(realpath $device)
+            while [ -e $at/config ]; do
+                printf '\\x07' | dd of=$at/config bs=1 seek=4 conv=notrunc status=none || exit
+                at=${{at%/*}}
+            done
+            echo $device $(head -n1 $device/resource)
+        done"
+    ))?;
+    found
+        .lines()
+        .map(|line| {
+            let mut words = line.split_whitespace();
+            let (name, base) = (words.next().context("a device")?, words.next().context("its registers")?);
+            let registers = u64::from_str_radix(base.trim_start_matches("0x"), 16)?;
+            Ok((name.strip_prefix("0000:").unwrap_or(name).to_owned(), registers))
+        })
+        .collect()
+}
+
+/// The number by which the device at a place is known: bus, device, function.
+pub fn requester(place: &str) -> Result<u16> {
+    let parts = place.split([':', '.']).map(|part| u16::from_str_radix(part, 16));
+    let parts = parts.collect::<Result<Vec<_>, _>>()?;
+    ensure!(parts.len() == 3, "{place} is no place of a device");
+    Ok(parts[0] << 8 | parts[1] << 3 | parts[2])
+}
+
 /// One device.
 #[derive(Clone, Debug)]
 pub struct Edu {
@@ -118,29 +151,10 @@ impl Edu {
     /// Where in the buffer the mark is.
     const MARKED: u64 = Self::BUFFER + 0x800;
 
-    /// All of the machine in the order of their buses, with memory and bus master on, as on the bridges before them.
+    /// All of the machine, see [`functions`].
     pub fn all(guest: &mut impl Guest) -> Result<Vec<Self>> {
-        let script = "cd /sys/bus/pci/devices
-            for device in $(grep -l 0x11e8 */device | cut -d/ -f1); do
-                at=$(realpath $device)
-                while [ -e $at/config ]; do
-                    printf '\\x07' | dd of=$at/config bs=1 seek=4 conv=notrunc status=none || exit
-                    at=${at%/*}
-                done
-                echo $device $(head -n1 $device/resource)
-            done";
-        let found = guest.check(script)?;
-        found
-            .lines()
-            .map(|line| {
-                let mut words = line.split_whitespace();
-                let (name, base) =
-                    (words.next().context("a device")?, words.next().context("its registers")?);
-                let registers = u64::from_str_radix(base.trim_start_matches("0x"), 16)?;
-                let name = name.strip_prefix("0000:").unwrap_or(name).to_owned();
-                Ok(Self { registers, name })
-            })
-            .collect()
+        let found = functions(guest, 0x11e8)?;
+        Ok(found.into_iter().map(|(name, registers)| Self { registers, name }).collect())
     }
 
     /// The two of [`arguments`].
@@ -151,12 +165,9 @@ impl Edu {
         all.try_into().map_err(|all| anyhow::anyhow!("{all:?}"))
     }
 
-    /// The number by which the device itself is known: bus, device, function.
+    /// See [`requester`].
     pub fn id(&self) -> Result<u16> {
-        let parts = self.name.split([':', '.']).map(|part| u16::from_str_radix(part, 16));
-        let parts = parts.collect::<Result<Vec<_>, _>>()?;
-        ensure!(parts.len() == 3, "{} is no place of a device", self.name);
-        Ok(parts[0] << 8 | parts[1] << 3 | parts[2])
+        requester(&self.name)
     }
 
     /// A script by which it copies, for each of `(from, to, length, command)`.
@@ -265,8 +276,7 @@ mod tests {
 
     #[test]
     fn a_place_is_a_number() {
-        let edu = |name: &str| Edu { registers: 0, name: name.to_owned() };
-        assert_eq!(edu("02:01.3").id().unwrap(), 0x020b);
-        assert!(edu("02:01").id().is_err());
+        assert_eq!(requester("02:01.3").unwrap(), 0x020b);
+        assert!(requester("02:01").is_err());
     }
 }

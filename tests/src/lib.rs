@@ -32,4 +32,5 @@ pub mod run_dir;
 pub mod senter;
 pub mod skinit;
 pub mod stage;
+pub mod storm;
 pub mod swtpm;

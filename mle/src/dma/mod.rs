@@ -38,21 +38,21 @@ struct Dma {
     table_owed: bool,
 }
 
-/// What was stopped so far.
+/// What was stopped so far. Each kind of record has its own bound: devices choose how many there would be.
 struct Stopped {
-    meter: Meter,
-    /// How often a log ran over.
-    overflows: u64,
+    faults: Meter,
+    /// Times that a log ran over.
+    overflows: Meter,
 }
 
 impl Stopped {
     const fn new() -> Self {
-        Self { meter: Meter::new(), overflows: 0 }
+        Self { faults: Meter::new(), overflows: Meter::new() }
     }
 
     /// Counts a fault; what goes on record of it, if anything does.
     fn record(&mut self, fault: &Fault, cpu: u32, now_us: u64) -> Option<Record> {
-        let untold = self.meter.admit(now_us)?;
+        let untold = self.faults.admit(now_us)?;
         let how = match fault.access {
             fault::Access::Read => Access::READ,
             fault::Access::Write => Access::WRITE,
@@ -66,6 +66,14 @@ impl Stopped {
         };
         let record = Record::new(Kind::IOMMU_FAULT, cpu, now_us);
         Some(Record { access, text, decision: Decision::DENIED, ..record })
+    }
+
+    /// Counts a log that ran over; what goes on record of it, if anything does.
+    fn overflow(&mut self, now_us: u64) -> Option<Text> {
+        Some(match self.overflows.admit(now_us)? {
+            0 => Text::new("a log of the IOMMU ran over: more was stopped"),
+            n => Text::new(format_args!("a log ran over; {n} times more before it")),
+        })
     }
 }
 
@@ -135,15 +143,14 @@ pub fn settle(id: impl FnOnce() -> u32, clock: &TscClock) {
     });
     let period = if drained.as_ref().is_ok_and(|d| d.more) { 0 } else { PERIOD_US };
     NEXT_US.store(now.saturating_add(period), Ordering::Relaxed);
-    let remark = match drained {
-        Ok(drained) if drained.overflowed => {
-            stopped.overflows = stopped.overflows.saturating_add(1);
-            Text::new("a log of the IOMMU ran over: more was stopped")
-        }
-        Err(error) if !core::mem::replace(broken, true) => Text::new(error),
-        _ => return,
+    let text = match drained {
+        Ok(drained) if drained.overflowed => stopped.overflow(now),
+        Err(error) if !core::mem::replace(broken, true) => Some(Text::new(error)),
+        _ => None,
     };
-    exposure::record(&Record { text: Some(remark), ..Record::new(Kind::IOMMU_FAULT, id, now) });
+    if text.is_some() {
+        exposure::record(&Record { text, ..Record::new(Kind::IOMMU_FAULT, id, now) });
+    }
 }
 
 /// After an SMI: the first register or device table entry that is not what the MLE set. The table is compared at once if it
@@ -157,14 +164,16 @@ pub fn damage(clock: &TscClock) -> Option<Error> {
 /// Writes how much was stopped.
 pub fn write_stopped(out: &mut impl Write) {
     let Some(dma) = DMA.get().map(Mutex::lock) else { return };
-    let Stopped { meter, overflows } = &dma.stopped;
+    let Stopped { faults, overflows } = &dma.stopped;
     // A full buffer ends the report early.
     let _ = writeln!(
         out,
-        "DMA: {} IOMMUs, {} accesses stopped, {} of them not in the log, {overflows} overflows",
+        "DMA: {} IOMMUs, {} accesses stopped, {} of them since the last record of one, {} overflows, {} of them since",
         dma.iommus.count(),
-        meter.seen(),
-        meter.silent()
+        faults.seen(),
+        faults.silent(),
+        overflows.seen(),
+        overflows.silent()
     );
 }
 
@@ -187,10 +196,20 @@ mod tests {
         for _ in 0..99 {
             stopped.record(&fault, 3, 7);
         }
-        assert_eq!((stopped.meter.seen(), stopped.meter.silent()), (100, 84));
+        assert_eq!((stopped.faults.seen(), stopped.faults.silent()), (100, 84));
         let broken = Fault { access: fault::Access::Unknown, reason: Reason::Broken(3), ..fault };
         let later = stopped.record(&broken, 3, 7 + Meter::PERIOD_US).unwrap();
         assert_eq!(later.text, Some(Text::new("IOMMU event 3; 84 more before it")));
         assert_eq!(later.access.unwrap().how, 0);
+    }
+
+    #[test]
+    fn logs_that_run_over_at_each_look_leave_no_more_records_than_faults_do() {
+        let mut stopped = Stopped::new();
+        let told: Vec<_> = (0..100).filter_map(|look| stopped.overflow(look * PERIOD_US)).collect();
+        assert_eq!(told.len(), 16 + 9);
+        assert_eq!(told[0], Text::new("a log of the IOMMU ran over: more was stopped"));
+        assert_eq!(told[24], Text::new("a log ran over; 9 times more before it"));
+        assert_eq!((stopped.overflows.seen(), stopped.overflows.silent()), (100, 9));
     }
 }

@@ -2,15 +2,19 @@
 //! bridge's name.
 
 use tests::edu::{Edu, Prey};
-use tests::machine::Machine;
+use tests::machine::{Boot, Machine, Spec};
 use tests::region::{Region, address_at, telling};
+use tests::storm::{self, Storm};
 
-use super::{Access, Places, SCRATCH, Target, access, interrupts, seen_of_long, write};
+use super::{Access, Places, SCRATCH, Target, access, boot, interrupts, seen, seen_of_long, spec, write};
 
 /// Registers of QEMU's `amd-iommu`: device table, command buffer, event log.
 const DEVICE_TABLE: u64 = 0xfed8_0000;
 const COMMANDS: u64 = DEVICE_TABLE + 8;
 const EVENTS: u64 = DEVICE_TABLE + 0x10;
+/// Where the MLE has read the log to, and the unit has written it to.
+const EVENT_HEAD: u64 = DEVICE_TABLE + 0x2010;
+const EVENT_TAIL: u64 = DEVICE_TABLE + 0x2018;
 
 /// Gives the TPM's locality back that a device took.
 const RELINQUISH: u64 = 0x20;
@@ -96,4 +100,56 @@ pub fn devices(target: &mut Target) {
         assert!(smis(machine) > before);
         seen_of_long("guest: a device sends an SMI", false);
     }
+}
+
+/// QEMU's unit stops accesses and logs none of them: the bench fills its log, up to where the MLE has read, with faults of `devices`.
+/// Gives how many.
+fn fill_log(machine: &mut Machine, devices: &[u16], address: u64) -> u64 {
+    const ENTRY: u64 = 16;
+    const SIZE: u64 = 4096;
+    /// A page fault, of a read.
+    const CODE: u64 = 2 << 60;
+    let base = address_at(machine, EVENTS).unwrap();
+    let mut register = |at| u64::from_le_bytes(machine.memory(at, 8).unwrap().try_into().unwrap());
+    let (head, tail) = (register(EVENT_HEAD), register(EVENT_TAIL));
+    // A full ring lacks one, lest it look empty.
+    let room = (head + SIZE - tail - ENTRY) % SIZE;
+    let events: Vec<u8> = (devices.iter().cycle().take((room / ENTRY) as usize))
+        .flat_map(|device| [CODE | u64::from(*device), address])
+        .flat_map(u64::to_le_bytes)
+        .collect();
+    let (first, rest) = events.split_at(room.min(SIZE - tail) as usize);
+    machine.write_memory(base + tail, first).unwrap();
+    machine.write_memory(base, rest).unwrap();
+    machine.write_memory(EVENT_TAIL, &((tail + room) % SIZE).to_le_bytes()).unwrap();
+    room / ENTRY
+}
+
+/// Devices read the MLE's memory without end.
+#[test]
+fn a_storm_of_stopped_accesses_is_counted_and_told_in_part() {
+    const ROUNDS: usize = 8;
+    let mut machine = boot(&Spec { qemu_args: storm::arguments(), ..spec(Boot::Cordon, &[]) });
+    let mle = Places::find(&mut machine).mle;
+    let log = machine.dir().file("cpu.log");
+    assert_eq!(storm::stopped(&log, mle).unwrap(), 0);
+    let storm = Storm::begin(&mut machine, mle).unwrap();
+    let exits = storm::work(&mut machine).unwrap();
+    let stopped = storm::stopped(&log, mle).unwrap();
+    let (devices, mut logged) = (storm.devices().unwrap(), 0);
+    for _ in 0..ROUNDS {
+        logged += fill_log(&mut machine, &devices, mle);
+        machine.check("usleep 200000; for i in $(seq 10); do true | cat; done").unwrap();
+    }
+    storm.end(&mut machine).unwrap();
+    let [faults, _] = storm::tallies(&mut machine).unwrap();
+    println!(
+        "{stopped} accesses stopped, {exits} exits; {logged} in the unit's log, {} records",
+        faults.records()
+    );
+    assert!(stopped > 1000 && exits < stopped / 100, "{stopped}, {exits} exits");
+    assert_eq!(faults.counted, logged);
+    machine.check("cordon verify").unwrap();
+    machine.power_off().unwrap();
+    seen("guest: drown the log in accesses that are stopped", true);
 }

@@ -14,6 +14,7 @@ use anyhow::{Result, bail, ensure};
 use hv::failure::{Record, SenterError, Stage};
 use memory::Wrong;
 use serde_json::Value;
+use tests::attacks::seen;
 use tests::channel::{Channel, Wait};
 use tests::child;
 use tests::devices::{self, Sockets};
@@ -21,6 +22,7 @@ use tests::edu::{self, Guest};
 use tests::emulator::Emulator;
 use tests::qemu::Qemu;
 use tests::run_dir::RunDir;
+use tests::storm::{self, Storm, Tally};
 use tests::swtpm::Swtpm;
 use tests::{images, paths};
 use vmx::txt::regs;
@@ -233,4 +235,32 @@ fn what_sinit_did_not_vouch_for_ends_in_a_reset_with_the_reason() {
         // Up to the check of page tables and ranges there is no stack, so no message.
         assert_eq!(machine.console().contains("cordon: FATAL: after SENTER"), !silent, "{wrong:?}");
     }
+}
+
+#[test]
+fn an_attack_that_storms_vt_d_is_counted_and_told_in_part() {
+    images::build().unwrap();
+    images::build_initrd().unwrap();
+    let mut machine =
+        Machine::launch(2, Wrong::Nothing, &dma::words(), &paths::initrd(), &storm::arguments());
+    machine.ready();
+    let log = machine.dir.file("qemu.log");
+    assert_eq!(storm::stopped(&log, memory::REGION).unwrap(), 0);
+    let storm = Storm::begin(&mut machine, memory::REGION).unwrap();
+    let exits = storm::work(&mut machine).unwrap();
+    storm.end(&mut machine).unwrap();
+    let stopped = storm::stopped(&log, memory::REGION).unwrap();
+    let [faults, overflows] = storm::tallies(&mut machine).unwrap();
+    println!(
+        "{stopped} accesses stopped, {} taken from the unit, {} records; {} overflows, {} records; {exits} exits",
+        faults.counted,
+        faults.records(),
+        overflows.counted,
+        overflows.records()
+    );
+    // The unit has room for one fault: all others are overflows.
+    let beyond = |tally: &Tally| tally.counted > tally.records() as u64;
+    assert!(stopped > 1000 && beyond(&faults) && beyond(&overflows), "{faults:?} {overflows:?}");
+    assert!(exits < stopped / 100, "{exits} exits");
+    seen("guest, VT-d: drown the log in accesses that are stopped", true);
 }
