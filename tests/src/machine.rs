@@ -33,6 +33,17 @@ pub enum Board {
     Intel,
 }
 
+impl Board {
+    /// Refuses what cannot be measured on the Intel machine, and says why.
+    ///
+    /// # Errors
+    /// It is the Intel machine.
+    pub fn must_be_amd(self, what: &str, because: &str) -> Result<()> {
+        ensure!(self == Self::Amd, "MACHINE=intel: {what} can be measured with MACHINE=amd alone: {because}");
+        Ok(())
+    }
+}
+
 /// How the firmware keeps its variables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Firmware {
@@ -539,5 +550,17 @@ impl Sockets for Machine {
 
     fn unplug(&mut self, id: &str) -> Result<()> {
         self.emulator.unplug(id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_intel_machine_lacks_is_refused_by_name() {
+        assert!(Board::Amd.must_be_amd("this", "of that").is_ok());
+        let refusal = Board::Intel.must_be_amd("this", "of that").unwrap_err().to_string();
+        assert_eq!(refusal, "MACHINE=intel: this can be measured with MACHINE=amd alone: of that");
     }
 }
