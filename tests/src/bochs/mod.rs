@@ -15,6 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use hv::failure::Record;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -191,8 +192,14 @@ impl Emulator for Bochs {
     }
 
     fn last_end(&self) -> Option<String> {
-        if let Some(code) = self.watch.state().reset {
-            return Some(format!("TXT reset, TXT.ERRORCODE {code:#x}"));
+        let state = self.watch.state();
+        if let Some(code) = state.reset {
+            let why = match (state.refusal, Record::from_errorcode(code)) {
+                (Some(refusal), _) => format!(", SINIT: {}", refusal.why),
+                (None, Some(record)) => format!(", {record}"),
+                (None, None) => String::new(),
+            };
+            return Some(format!("TXT reset, TXT.ERRORCODE {code:#x}{why}"));
         }
         let log = fs::read(&self.log).unwrap_or_default();
         let log = String::from_utf8_lossy(&log);

@@ -299,7 +299,8 @@ impl Player {
         let number = machine.break_at(launch.entry)?;
         self.points.push((number, launch.entry));
         if self.part.fault == Some(Fault::DmarChanged) {
-            sinit::change_dmar(machine)?;
+            let elsewhere = sinit::change_dmar(machine)?;
+            self.say(&format!("ACPI's DMAR has the unit at {elsewhere:#x} now"));
         }
         self.say(&format!("SINIT runs, to enter the MLE at {:#x}", launch.entry));
         self.watch.lock().launch = Some(launch);

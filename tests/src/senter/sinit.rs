@@ -126,7 +126,12 @@ impl Heap {
         for (major, name) in [(1, "BiosData"), (2, "OsMleData"), (3, "OsSinitData")] {
             let size = machine.read64(table)?;
             if size < 8 || !size.is_multiple_of(8) || size > end - table {
-                return refuse(class::HEAP, major, format!("{name}: size {size:#x}"));
+                let room = end - table;
+                return refuse(
+                    class::HEAP,
+                    major,
+                    format!("{name}: size {size:#x}, not a multiple of 8 from 8 to {room:#x}"),
+                );
             }
             if name == "OsSinitData" {
                 return Ok(Ok(Self { os_sinit: table + 8, os_sinit_size: size - 8 }));
@@ -260,13 +265,29 @@ impl Mle {
         let mut last = 0;
         let mut next = |what: &str, page: u64, must_rise: bool| {
             if !usable(page) {
-                return refuse(class::MLE_PAGES, 2, format!("{what} at {page:#x}: no memory for it"));
+                let end = memory.low_end;
+                return refuse(
+                    class::MLE_PAGES,
+                    2,
+                    format!(
+                        "{what} at {page:#x}: not in usable memory, 0x1000 to 0xa0000 and 0x100000 to {end:#x}"
+                    ),
+                );
             }
             if must_rise && page <= last {
-                return refuse(class::MLE_PAGES, 3, format!("{what} at {page:#x}, after {last:#x}"));
+                return refuse(
+                    class::MLE_PAGES,
+                    3,
+                    format!("{what} at {page:#x}: not above the one before, at {last:#x}"),
+                );
             }
             if !covered(page) {
-                return refuse(class::PMR, 2, format!("{what} at {page:#x} is not protected"));
+                let (base, size) = protected;
+                return refuse(
+                    class::PMR,
+                    2,
+                    format!("{what} at {page:#x}: not in the protected range, {size:#x} bytes at {base:#x}"),
+                );
             }
             last = page;
             Ok(Ok(()))
@@ -486,14 +507,15 @@ pub fn spoil(machine: &mut impl Target, fault: Fault) -> Result<()> {
     }
 }
 
-/// Changes the DMAR in ACPI's memory, as a device could: its unit's registers seem to be elsewhere. SINIT has its copy by then.
-pub fn change_dmar(machine: &mut impl Target) -> Result<()> {
+/// Changes the DMAR in ACPI's memory, as a device could: its unit's registers seem to be elsewhere, a page on. Gives where.
+/// SINIT has its copy by then.
+pub fn change_dmar(machine: &mut impl Target) -> Result<u64> {
     /// Where the entries of an XSDT begin, and the structures of a DMAR.
     const ENTRIES: u64 = 36;
     const STRUCTURES: u64 = 48;
     /// Where a unit's structure has the base of its registers.
     const REGISTERS: u64 = 8;
-    let Ok(heap) = Heap::find(machine)? else { return Ok(()) };
+    let Ok(heap) = Heap::find(machine)? else { bail!("no heap") };
     let rsdp = machine.read64(heap.os_sinit + 84)?;
     let xsdt = machine.read64(rsdp + 24)?;
     let length = u64::from(machine.read32(xsdt + 4)?);
@@ -505,7 +527,8 @@ pub fn change_dmar(machine: &mut impl Target) -> Result<()> {
             machine.write(base, &elsewhere.to_le_bytes())?;
             // The sum over the table stays.
             let sum = machine.read(table + 9, 1)?[0];
-            return machine.write(table + 9, &[sum.wrapping_sub((PAGE >> 8) as u8)]);
+            machine.write(table + 9, &[sum.wrapping_sub((PAGE >> 8) as u8)])?;
+            return Ok(elsewhere);
         }
     }
     bail!("no DMAR")
