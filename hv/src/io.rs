@@ -116,6 +116,10 @@ pub trait PhysMem {
     fn read(&self, addr: u64, out: &mut [u8]) -> bool;
     /// Copies `data` to `addr`; false, and nothing written, when it may not.
     fn write(&self, addr: u64, data: &[u8]) -> bool;
+    /// Copies eight bytes to `addr`, a multiple of 8, in one access where hardware may be reading them.
+    fn write64(&self, addr: u64, value: u64) -> bool {
+        self.write(addr, &value.to_le_bytes())
+    }
     /// Whether the page at `addr` is all zeros; `None` when it is not memory that this reader may reach.
     fn is_zero_page(&self, addr: u64) -> Option<bool> {
         let mut page = [0_u64; PAGE_SIZE as usize / 8];

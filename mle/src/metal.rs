@@ -135,6 +135,12 @@ impl Identity {
     fn mapped(&self, addr: u64, len: usize) -> bool {
         addr >= hv::addr::PAGE_SIZE && addr.checked_add(len as u64).is_some_and(|end| end <= self.limit)
     }
+
+    /// Whether it is, and outside of our own memory.
+    fn writable(&self, addr: u64, len: usize) -> bool {
+        let own_end = self.own.0.saturating_add(self.own.1);
+        self.mapped(addr, len) && (addr >= own_end || self.own.0 >= addr.saturating_add(len as u64))
+    }
 }
 
 impl PhysMem for Identity {
@@ -149,15 +155,20 @@ impl PhysMem for Identity {
         true
     }
     fn write(&self, addr: u64, data: &[u8]) -> bool {
-        let own_end = self.own.0.saturating_add(self.own.1);
-        if !self.mapped(addr, data.len())
-            || (addr < own_end && self.own.0 < addr.saturating_add(data.len() as u64))
-        {
+        if !self.writable(addr, data.len()) {
             return false;
         }
         // SAFETY: mapped and writable (`Identity::new`), and clear of every Rust object of this image.
         unsafe { core::ptr::copy(data.as_ptr(), addr as *mut u8, data.len()) };
         true
+    }
+    fn write64(&self, addr: u64, value: u64) -> bool {
+        let right = addr.is_multiple_of(8) && self.writable(addr, 8);
+        if right {
+            // SAFETY: as of `write`, and aligned.
+            unsafe { (addr as *mut u64).write_volatile(value) };
+        }
+        right
     }
     // By words and without a copy: a digest of all memory looks at pages that nobody ever used, most of all.
     fn is_zero_page(&self, addr: u64) -> Option<bool> {

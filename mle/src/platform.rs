@@ -54,6 +54,9 @@ impl PhysMem for Machine {
     fn write(&self, addr: u64, data: &[u8]) -> bool {
         self.mem.write(addr, data)
     }
+    fn write64(&self, addr: u64, value: u64) -> bool {
+        self.mem.write64(addr, value)
+    }
 }
 
 impl Platform for Machine {

@@ -192,6 +192,12 @@ pub const ENTRY_SIZE: u64 = 16;
 /// An entry or descriptor.
 pub type Entry = [u64; 2];
 
+/// An entry from memory.
+pub const fn entry_of(bytes: [u8; ENTRY_SIZE as usize]) -> Entry {
+    let whole = u128::from_le_bytes(bytes);
+    [whole as u64, (whole >> 64) as u64]
+}
+
 /// Root and context entries, legacy mode.
 pub mod context {
     use super::Entry;
@@ -214,17 +220,32 @@ pub mod context {
 
 /// Interrupt entries.
 pub mod irte {
-    use super::Entry;
-
     /// Log2 of the entries of a full table, less one: for IRTA.
     pub const FULL_TABLE: u64 = 15;
-    /// Bits that an entry of ours may have: P, destination and redirection, trigger mode, delivery mode lowest
-    /// priority, vector, 8-bit destination; source id, checked in full.
-    pub const ALLOWED: Entry = [0x0000_ff00_00ff_003d, 0x0004_ffff];
     /// Present.
     pub const PRESENT: u64 = 1;
-    /// Bits 83:82: the whole source id is compared.
-    pub const CHECK_SOURCE: u64 = 1 << 18;
+    /// The destination is logical.
+    pub const LOGICAL: u64 = 1 << 2;
+    /// One of the CPUs meant gets it.
+    pub const ONE_OF: u64 = 1 << 3;
+    /// Level triggered.
+    pub const LEVEL: u64 = 1 << 4;
+    /// The lowest bit of the delivery mode: lowest priority rather than fixed.
+    pub const LOWEST_PRIORITY: u64 = 1 << 5;
+    /// The delivery mode.
+    pub const MODE: u64 = 7 << 5;
+    /// What has no meaning in a remapped entry of xAPIC format: software's own, and no report of faults.
+    pub const IGNORED: u64 = 0xf << 8 | 1 << 1;
+    /// Reserved bits of the lower half, and those of posted entries and of x2APIC destinations.
+    pub const REFUSED: u64 = 0xffff_00ff_ff00_f000;
+    /// Reserved bits of the upper half.
+    pub const REFUSED_HIGH: u64 = !0xf_ffff;
+    /// Bits 83:82: how the sender is checked.
+    pub const SENDER: u64 = 3 << 18;
+    /// The source id is compared, but for as many function bits as bits 81:80 say.
+    pub const SENDER_DEVICE: u64 = 1 << 18;
+    /// The sender's bus is within bits 79:72 to 71:64.
+    pub const SENDER_BUSES: u64 = 2 << 18;
 }
 
 /// Invalidation descriptors.

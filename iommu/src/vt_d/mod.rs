@@ -9,9 +9,11 @@ mod area;
 mod defs;
 mod error;
 mod fault;
+mod interrupt;
 mod unit;
 
 pub use error::{BadTables, Error, Need};
+pub use interrupt::{Interrupt, Refused, Sender};
 
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::Mmio;
@@ -22,7 +24,7 @@ pub use crate::area::DmaArea;
 use crate::dmar::Dmar;
 use crate::fault::{Drained, Fault};
 use area::INTERRUPTS;
-use defs::{ENTRY_SIZE, Entry, context, global, irte};
+use defs::{ENTRY_SIZE, Entry, context, entry_of, global};
 use unit::{Unit, Wanted, hulls, write, write_entry};
 
 /// Units that can be handled: a machine with more is refused.
@@ -33,6 +35,8 @@ const DRAIN_MAX: u32 = 64;
 const BLOCK: usize = 512;
 /// Root entries, and context entries of a bus.
 const BUS: u64 = 256;
+/// Bytes that memory takes and gives as a whole: half an entry.
+const WORD: u64 = 8;
 
 /// Memory as units see it that do not snoop the CPU's caches.
 pub trait WriteBack {
@@ -79,40 +83,6 @@ pub enum Interrupts {
     Compatible,
     /// All, as they are: for units that can't remap. An exposure.
     Unchecked,
-}
-
-/// An interrupt that a device may send: fixed, or to the CPU of lowest priority; xAPIC addressing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Interrupt {
-    /// Device id of the only sender.
-    pub source: u16,
-    /// Vector, 16 to 254.
-    pub vector: u8,
-    /// APIC id, or set of logical ids.
-    pub destination: u8,
-    /// Whether the destination is logical.
-    pub logical: bool,
-    /// Whether one of the CPUs meant gets it, the one of lowest priority.
-    pub lowest_priority: bool,
-    /// Whether it is level triggered.
-    pub level: bool,
-}
-
-impl Interrupt {
-    /// The table entry.
-    fn entry(&self) -> Result<Entry, Error> {
-        if !(16..=254).contains(&self.vector) {
-            return Err(Error::Vector { vector: self.vector });
-        }
-        let bit = |set: bool, bit: u64| if set { bit } else { 0 };
-        let low = irte::PRESENT
-            | bit(self.logical, 1 << 2)
-            | bit(self.lowest_priority, 1 << 3 | 1 << 5)
-            | bit(self.level, 1 << 4)
-            | u64::from(self.vector) << 16
-            | u64::from(self.destination) << 40;
-        Ok([low, irte::CHECK_SOURCE | u64::from(self.source)])
-    }
 }
 
 /// What all units of the machine can do.
@@ -302,16 +272,31 @@ impl<W: Mmio> VtD<W> {
         index: u16,
         interrupt: Option<&Interrupt>,
     ) -> Result<(), Error> {
-        let [low, high] = interrupt.map_or(Ok([0; 2]), Interrupt::entry)?;
+        let new = interrupt.map_or(Ok([0; 2]), Interrupt::entry)?;
         let address = self.area.interrupt_table().wrapping_add(u64::from(index).wrapping_mul(ENTRY_SIZE));
+        let mut old = [0; ENTRY_SIZE as usize];
+        if !platform.read(address, &mut old) {
+            return Err(Error::Memory { address });
+        }
+        let old = entry_of(old);
+        if old == new {
+            return Ok(());
+        }
         let put = |offset: u64, value: u64| -> Result<(), Error> {
-            write(platform, address.wrapping_add(offset), &value.to_le_bytes())?;
+            let at = address.wrapping_add(offset);
+            if !platform.write64(at, value) {
+                return Err(Error::Memory { address: at });
+            }
             self.write_back(platform, address, ENTRY_SIZE);
             Ok(())
         };
-        // The unit reads both halves at once, when it likes: absent until both are new.
-        put(0, 0)?;
-        put(8, high)?;
+        let ([_, old_high], [low, high]) = (old, new);
+        // The unit reads both halves at once, when it likes. With one sender all that changes is in the low half, and no
+        // message finds the entry absent; elsewhere it is absent until both halves are new.
+        if old_high != high {
+            put(0, 0)?;
+            put(WORD, high)?;
+        }
         put(0, low)?;
         self.units().try_for_each(|unit| unit.forget_interrupt(platform, index))
     }
@@ -502,7 +487,7 @@ impl<W: Mmio> VtD<W> {
     /// a kind that [`Self::grant`] makes.
     fn verify_tables<P: Machine<Window = W>>(&self, platform: &P) -> Result<(), Error> {
         let [interrupts, root] = self.zeros();
-        each_entry(platform, interrupts, is_harmless)?;
+        each_entry(platform, interrupts, interrupt::is_harmless)?;
         each_entry(platform, root, |entry| entry == [0; 2])?;
         for (table, wanted) in self.guest_tables().into_iter().flatten() {
             each_entry(platform, (table, PAGE_SIZE), |entry| entry == wanted)?;
@@ -543,12 +528,6 @@ impl Common {
     }
 }
 
-/// Whether an interrupt entry is absent, or fixed or lowest-priority and for one source.
-fn is_harmless([low, high]: Entry) -> bool {
-    let known = low & !irte::ALLOWED[0] == 0 && high & !irte::ALLOWED[1] == 0;
-    low & irte::PRESENT == 0 || known && high & irte::CHECK_SOURCE != 0
-}
-
 /// The addresses of the blocks of a table.
 fn blocks(address: u64, len: u64) -> impl Iterator<Item = u64> {
     (0..len).step_by(BLOCK).map(move |offset| address.wrapping_add(offset))
@@ -566,8 +545,7 @@ fn each_entry<P: Machine>(
             return Err(Error::Memory { address: at });
         }
         for bytes in block.as_chunks::<{ ENTRY_SIZE as usize }>().0 {
-            let entry = u128::from_le_bytes(*bytes);
-            if !right([entry as u64, (entry >> 64) as u64]) {
+            if !right(entry_of(*bytes)) {
                 return Err(Error::Tampered { address: at });
             }
         }

@@ -6,7 +6,7 @@ use hv::io::{Mmio, PhysMem};
 use hv::radix::{MemoryType, Rights, TablePool};
 
 use super::defs::{global, reg};
-use super::{DmaArea, Error, Interrupt, Interrupts, Need, Protection, VtD, deny_all};
+use super::{DmaArea, Error, Interrupt, Interrupts, Need, Protection, Sender, VtD, deny_all};
 use crate::Platform;
 use crate::dmar::Dmar;
 use crate::fault::{Access, Drained, Fault, Reason};
@@ -115,10 +115,11 @@ fn qemu_is_closed_whatever_the_gap_left() {
     assert!(!qemu.dma(GUEST) && qemu.dma(GUEST + PAGE_SIZE));
 
     let interrupt = Interrupt {
-        source: EDU,
+        sender: Sender::Device { source: EDU, functions: 0 },
         vector: 0x41,
         destination: 0,
         logical: false,
+        one_of: false,
         lowest_priority: false,
         level: false,
     };

@@ -29,6 +29,16 @@ const RW: Rights = Rights::READ.union(Rights::WRITE);
 /// MSI data: a fixed interrupt, an SMI, an NMI, an INIT, an ExtINT.
 const MSI: [u32; 5] = [0x0030, 0x0200, 0x0400, 0x0500, 0x0700];
 const COMPATIBLE_MSI: u64 = 0xfee0_0000;
+/// One that a device may be granted.
+const INTERRUPT: Interrupt = Interrupt {
+    sender: Sender::Device { source: ATTACKER, functions: 0 },
+    vector: 0x41,
+    destination: 3,
+    logical: false,
+    one_of: false,
+    lowest_priority: false,
+    level: false,
+};
 
 fn region() -> PhysRange {
     PhysRange::new(REGION, REGION_SIZE).unwrap()
@@ -506,24 +516,16 @@ fn devices_send_what_was_granted_and_no_more() {
     let machine = one_unit();
     let (mut all, ..) = open(&machine, Interrupts::Granted).unwrap();
     let send = |device, address, data: u32| machine.dma_write(device, address, &data.to_le_bytes());
-    let interrupt = Interrupt {
-        source: ATTACKER,
-        vector: 0x41,
-        destination: 3,
-        logical: false,
-        lowest_priority: false,
-        level: false,
-    };
     for index in [0, 7, 0x8001, 0xffff] {
         let address = remappable(index.into());
         assert!(!send(ATTACKER, address, 0));
-        all.grant(&machine, index, Some(&interrupt)).unwrap();
+        all.grant(&machine, index, Some(&INTERRUPT)).unwrap();
         // What the data say does not count, but the entry.
         assert!(send(ATTACKER, address, MSI[2]));
         assert_eq!(machine.interrupts().last(), Some(&0x41));
         assert!(!send(ATTACKER + 1, address, 0), "another device's");
         assert!(!send(ATTACKER, remappable(u64::from(index) ^ 1), 0));
-        let other = Interrupt { vector: 0x42, lowest_priority: true, ..interrupt };
+        let other = Interrupt { vector: 0x42, lowest_priority: true, ..INTERRUPT };
         all.grant(&machine, index, Some(&other)).unwrap();
         assert!(send(ATTACKER, address, 0));
         assert_eq!(machine.interrupts().last(), Some(&0x142));
@@ -536,7 +538,7 @@ fn devices_send_what_was_granted_and_no_more() {
         assert!(!send(ATTACKER, COMPATIBLE_MSI, data));
     }
     for vector in [0, 15, 255] {
-        let bad = Interrupt { vector, ..interrupt };
+        let bad = Interrupt { vector, ..INTERRUPT };
         assert_eq!(all.grant(&machine, 1, Some(&bad)), Err(Error::Vector { vector }));
     }
     assert_eq!(machine.interrupts().len(), sent);
@@ -550,10 +552,28 @@ fn devices_send_what_was_granted_and_no_more() {
         assert!(matches!(all.verify(&machine), Err(Error::Tampered { .. })));
         machine.poke64(at, 0);
         machine.poke64(at + 8, 0);
+        all.grant(&machine, 9, Some(&INTERRUPT)).unwrap();
         all.grant(&machine, 9, None).unwrap();
     }
     all.close(&machine).unwrap();
     assert!(!send(ATTACKER, COMPATIBLE_MSI, MSI[0]));
+}
+
+#[test]
+fn an_interrupt_whose_target_changes_is_never_lost() {
+    let machine = one_unit();
+    let (all, ..) = open(&machine, Interrupts::Granted).unwrap();
+    all.grant(&machine, 7, Some(&INTERRUPT)).unwrap();
+    let lost = Rc::new(Cell::new(0));
+    let counted = lost.clone();
+    machine.attack(move |machine| {
+        if !machine.dma_write(ATTACKER, remappable(7), &[0; 4]) {
+            counted.set(counted.get() + 1);
+        }
+    });
+    all.grant(&machine, 7, Some(&Interrupt { destination: 5, vector: 0x42, ..INTERRUPT })).unwrap();
+    machine.peace();
+    assert_eq!((lost.get(), machine.interrupts().last()), (0, Some(&0x42)));
 }
 
 /// The exposure, written down: compatibility format lets every kind of interrupt pass (ADR 0012).
