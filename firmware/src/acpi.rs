@@ -23,7 +23,7 @@ pub const TABLE_MAX: u32 = 8 << 20;
 /// Bytes that [`write_filtered`] may need.
 pub const FILTERED_MAX: usize = XSDT_AT
     .saturating_add(size_of::<TableHeader>())
-    .saturating_add(MAX_TABLES.saturating_mul(size_of::<U64>()));
+    .saturating_add(MAX_TABLES.saturating_add(1).saturating_mul(size_of::<U64>()));
 /// The XSDT's place behind the RSDP.
 const XSDT_AT: usize = 64;
 
@@ -182,10 +182,17 @@ impl Tables {
     }
 
     /// Writes to `out`, which will lie at `at`, an RSDP and a root table that name all tables but those
-    /// with a signature in `hidden`; gives the bytes used. The guest's RSDP is at `at`.
-    pub fn write_filtered(&self, hidden: &[[u8; 4]], at: u64, out: &mut [u8]) -> Result<usize, TablesError> {
+    /// with a signature in `hidden`, and the one at `added`; gives the bytes used. The guest's RSDP is at `at`.
+    pub fn write_filtered(
+        &self,
+        hidden: &[[u8; 4]],
+        added: Option<u64>,
+        at: u64,
+        out: &mut [u8],
+    ) -> Result<usize, TablesError> {
         let shown = |t: &&Table| ![XSDT, RSDT, DSDT].contains(&t.signature) && !hidden.contains(&t.signature);
-        let count = self.list.iter().filter(shown).count();
+        let all = self.list.iter().filter(shown).map(|table| table.range.start()).chain(added);
+        let count = all.clone().count();
         let table_len = count.saturating_mul(size_of::<U64>()).saturating_add(size_of::<TableHeader>());
         let used = table_len.saturating_add(XSDT_AT);
         let limit = out.len() as u64;
@@ -203,8 +210,8 @@ impl Tables {
         header.length.set(table_len as u32);
         header.checksum = 0;
         let (header_bytes, entries) = root.split_at_mut(size_of::<TableHeader>());
-        for (slot, table) in entries.chunks_exact_mut(8).zip(self.list.iter().filter(shown)) {
-            slot.copy_from_slice(&table.range.start().to_le_bytes());
+        for (slot, table) in entries.chunks_exact_mut(8).zip(all) {
+            slot.copy_from_slice(&table.to_le_bytes());
         }
         let entries_sum = checksum(entries).wrapping_neg();
         header.checksum = checksum(header.as_bytes()).wrapping_sub(entries_sum);
@@ -375,13 +382,14 @@ pub(crate) mod tests {
             let ram = machine(xsdt);
             let tables = Tables::read(&ram, RSDP_AT).unwrap();
             let mut out = [0xee; FILTERED_MAX];
-            let used = tables.write_filtered(&[*b"IVRS", *b"DMAR"], 0x3800, &mut out).unwrap();
+            let used = tables.write_filtered(&[*b"IVRS", *b"DMAR"], Some(0x3000), 0x3800, &mut out).unwrap();
             assert!(ram.write(0x3800, &out[..used]));
+            assert!(ram.write(0x3000, &table(b"DMAR", &[4; 64])));
             let shown = Tables::read(&ram, 0x3800).unwrap();
-            assert_eq!(names(&shown), ["XSDT", "FACP", "DSDT", "MCFG"]);
+            assert_eq!(names(&shown), ["XSDT", "FACP", "DSDT", "MCFG", "DMAR"]);
             let sum = |b: &[u8]| b.iter().fold(0u8, |s, b| s.wrapping_add(*b));
             assert_eq!((sum(&out[..20]), sum(&out[..36]), sum(&out[XSDT_AT..used])), (0, 0, 0));
-            assert!(tables.write_filtered(&[], 0, &mut out[..used]).is_err());
+            assert!(tables.write_filtered(&[], Some(0), 0, &mut out[..used]).is_err());
         }
     }
 
@@ -455,7 +463,7 @@ pub(crate) mod tests {
             if let Ok(tables) = Tables::read(&ram, RSDP_AT) {
                 let _ = (pm_timer(&ram, &tables), smi_command(&ram, &tables));
                 let mut out = [0; FILTERED_MAX];
-                prop_assert!(tables.write_filtered(&[*b"IVRS"], 0, &mut out).is_ok());
+                prop_assert!(tables.write_filtered(&[*b"IVRS"], Some(0), 0, &mut out).is_ok());
             }
         }
     }

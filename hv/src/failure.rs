@@ -182,6 +182,7 @@ errors! {
     GuestExit = 4, "the guest's CPU stopped for a cause that nobody asked for";
     Damage = 5, "SMM changed memory of the MLE; detail: low half of the page's number";
     Cpu = 6, "a processor came up that was not expected; detail: its number";
+    Interrupts = 7, "an IOMMU did not take what devices of the guest may send";
 }
 
 errors! {

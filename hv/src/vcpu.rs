@@ -405,13 +405,10 @@ pub trait Vcpu {
     fn start_long_mode(&mut self, rip: u64, rsp: u64, cr3: u64, gdt: (u64, u32));
     /// Has the virtual CPU wait for a Startup IPI, which makes it exit. For the back end that sees one.
     fn wait_for_startup(&mut self) {}
-    /// Makes the next run end after one instruction, with interrupts and NMIs held and every exception an exit. For the back
-    /// end that cannot see a Startup IPI.
-    fn begin_step(&mut self) {}
+    /// Makes the next run end after one instruction, or after the delivery of an event that comes before or in place of it.
+    fn begin_step(&mut self);
     /// Ends a step, whatever ended the run; `None` when there was none.
-    fn end_step(&mut self, _exit: Exit) -> Option<Step> {
-        None
-    }
+    fn end_step(&mut self, exit: Exit) -> Option<Step>;
 }
 
 impl fmt::Display for Exit {

@@ -153,6 +153,46 @@ impl<'a> Dmar<'a> {
         Flags::from_bits_truncate(self.0.get(37).copied().unwrap_or_default())
     }
 
+    /// Writes the table of a machine that has one unit, with its registers at `base`, and remaps interrupts with it alone: the
+    /// same I/O APICs and timer blocks, and all PCI devices. Gives the bytes used; `None` when `out` is too short, or when
+    /// there is another segment than the first, which one unit cannot serve.
+    pub fn write_single(&self, base: u64, out: &mut [u8]) -> Option<usize> {
+        const INCLUDES_ALL: u8 = 1;
+        const UNIT_SIZE: usize = 16;
+        if self.units().any(|unit| unit.segment() != 0) {
+            return None;
+        }
+        let scopes = self
+            .units()
+            .flat_map(|unit| unit.scopes())
+            .filter(|scope| matches!(scope.kind(), ScopeKind::IoApic | ScopeKind::Hpet));
+        let first = HEADER_SIZE.saturating_add(UNIT_SIZE);
+        let used = scopes.clone().fold(first, |sum, scope| sum.saturating_add(scope.bytes.len()));
+        let out = out.get_mut(..used)?;
+        let flags = Flags::INTERRUPT_REMAPPING | Flags::X2APIC_OPT_OUT;
+        let (length, unit_length) =
+            (u32::try_from(used).ok()?, u16::try_from(used.saturating_sub(HEADER_SIZE)).ok()?);
+        let parts: [&[u8]; 11] = [
+            self.0.get(..4)?,
+            &length.to_le_bytes(),
+            // Revision, a checksum to come, and who made the table.
+            self.0.get(8..9)?,
+            &[0],
+            self.0.get(10..37)?,
+            &[flags.bits()],
+            &[0; 10],
+            &kind::DRHD.to_le_bytes(),
+            &unit_length.to_le_bytes(),
+            &[INCLUDES_ALL, 0, 0, 0],
+            &base.to_le_bytes(),
+        ];
+        let bytes = parts.into_iter().chain(scopes.map(|scope| scope.bytes)).flatten();
+        out.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        let sum = out.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        *out.get_mut(9)? = sum.wrapping_neg();
+        Some(used)
+    }
+
     fn structures(&self) -> impl Iterator<Item = Structure<'a>> + Clone + use<'a> {
         Structures { table: self.0, offset: HEADER_SIZE }
     }
@@ -305,7 +345,7 @@ impl<'a> Structure<'a> {
         }
     }
 
-    fn scopes(&self) -> impl Iterator<Item = Scope<'a>> + use<'a> {
+    fn scopes(&self) -> impl Iterator<Item = Scope<'a>> + Clone + use<'a> {
         let structure = *self;
         let mut at = self.scopes_at().unwrap_or(usize::MAX);
         core::iter::from_fn(move || {
@@ -363,7 +403,7 @@ impl<'a> Unit<'a> {
     }
 
     /// Devices listed for it.
-    pub fn scopes(&self) -> impl Iterator<Item = Scope<'a>> + use<'a> {
+    pub fn scopes(&self) -> impl Iterator<Item = Scope<'a>> + Clone + use<'a> {
         self.structure.scopes()
     }
 }

@@ -81,10 +81,12 @@ const BOOT_STACK: u64 = PAGE_SIZE;
 const FIXED_AREA: u64 = 2 * PAGE_SIZE + BOOT_STACK + BOOT_TABLES + MAP_AREA.next_multiple_of(PAGE_SIZE);
 /// Bytes for the guest's EFI tables and what they point to.
 ///
-/// One page of tables, the RSDP, and both kinds of SMBIOS copies.
-pub const TABLES_AREA: u64 = PAGE_SIZE + ACPI_AREA + 2 * SMBIOS_AREA;
+/// One page of tables, the RSDP, a DMAR, and both kinds of SMBIOS copies.
+pub const TABLES_AREA: u64 = PAGE_SIZE + ACPI_AREA + DMAR_AREA + 2 * SMBIOS_AREA;
 /// Bytes for RSDP and root table.
 const ACPI_AREA: u64 = (acpi::FILTERED_MAX as u64).next_multiple_of(PAGE_SIZE);
+/// Bytes for the table of the unit that the guest may be shown.
+const DMAR_AREA: u64 = PAGE_SIZE;
 /// The IOMMUs are the MLE's: the guest does not learn of them. Nor of handlers that lie in firmware's memory, which it does not have:
 /// older kernels jump to address 0 for one, and give up the runtime services for that.
 const HIDDEN_TABLES: [[u8; 4]; 3] = [*b"IVRS", *b"DMAR", prm::SIGNATURE];
@@ -269,22 +271,36 @@ pub fn write_thunks(layout: &Layout, insn: HypercallInsn, mem: &impl PhysMem) ->
     put(mem, layout.thunks.start(), &thunk_page(insn))
 }
 
-/// Writes the guest's EFI tables and its copies of SMBIOS. `scratch` has room for one copy.
+/// Writes the table of the unit that the guest is to be shown, for which `make` gives its length where there is one. Gives its
+/// address. `scratch` has room for a page.
+pub fn write_dmar(
+    layout: &Layout,
+    make: impl FnOnce(&mut [u8]) -> Option<usize>,
+    scratch: &mut [u8],
+    mem: &impl PhysMem,
+) -> Result<Option<u64>, BootError> {
+    let Some(used) = scratch.get_mut(..DMAR_AREA as usize).and_then(make) else { return Ok(None) };
+    let at = layout.rsdp().saturating_add(ACPI_AREA);
+    put(mem, at, scratch.get(..used).unwrap_or_default())?;
+    Ok(Some(at))
+}
+
+/// Writes the guest's EFI tables and its copies of SMBIOS; `dmar` is the address of what [`write_dmar`] wrote. `scratch` has room
+/// for one copy.
 ///
 /// A firmware whose SMBIOS tables cannot be copied costs the guest those tables, with a warning.
 pub fn write_efi(
     layout: &Layout,
-    firmware: &FirmwareTables,
-    firmware_map: &MemoryMap,
-    acpi: &acpi::Tables,
+    (firmware, firmware_map): (&FirmwareTables, &MemoryMap),
+    (acpi, dmar): (&acpi::Tables, Option<u64>),
     rt_properties: u32,
     scratch: &mut [u8],
     mem: &impl PhysMem,
 ) -> Result<(), BootError> {
     let rsdp = layout.rsdp();
-    let used = acpi.write_filtered(&HIDDEN_TABLES, rsdp, scratch)?;
+    let used = acpi.write_filtered(&HIDDEN_TABLES, dmar, rsdp, scratch)?;
     put(mem, rsdp, scratch.get(..used).unwrap_or_default())?;
-    let mut next = rsdp.saturating_add(ACPI_AREA);
+    let mut next = rsdp.saturating_add(ACPI_AREA).saturating_add(DMAR_AREA);
     let mut copy_of = |guid| -> Result<Option<u64>, BootError> {
         let Some(entry) = firmware.config(guid) else { return Ok(None) };
         let at = next;

@@ -3,7 +3,7 @@
 use core::cell::RefCell;
 
 use hv::io::PhysMem;
-use hv::vcpu::{Control, Exception, Gprs, Vcpu};
+use hv::vcpu::{Control, Exception, Exit, Gprs, Step, Vcpu};
 
 /// Registers and what was done to them.
 pub struct FakeVcpu {
@@ -42,6 +42,10 @@ impl Vcpu for FakeVcpu {
     }
     fn advance(&mut self, length: u64) {
         self.rip += length;
+    }
+    fn begin_step(&mut self) {}
+    fn end_step(&mut self, _: Exit) -> Option<Step> {
+        None
     }
     fn control(&self) -> Control {
         self.control

@@ -13,8 +13,8 @@ use crate::acpi::Ecam;
 use crate::apic::XAPIC_BASE;
 use crate::boot::Layout;
 use crate::devices::Claim;
-use crate::guest::apic_window::ApicWindow;
 use crate::guest::pci::Guarded;
+use crate::guest::windows::{self, UNIT_BASE, Window, Windows};
 use crate::inputs::{Inputs, TXT_REGISTERS};
 use crate::measure::TPM_CLOSED;
 use crate::pool::PagePool;
@@ -130,40 +130,53 @@ pub fn replace_config_space(
     Ok(())
 }
 
-/// The guest's APIC page in the nested tables that all CPUs share, closed there; each CPU has its own view.
-pub struct ApicPage {
+/// The guest's pages of registers in the nested tables that all CPUs share, closed there; each CPU has its own view.
+pub struct RegisterPages {
     root: u64,
     levels: u32,
-    /// The entry that leads to the device, with the rights the address space gives the guest.
-    device: u64,
+    /// The entry that leads to the APIC, with the rights the address space gives the guest.
+    apic: u64,
+    unit_shown: bool,
 }
 
-impl ApicPage {
-    /// The page.
-    pub const RANGE: PhysRange = match PhysRange::new(XAPIC_BASE, PAGE_SIZE) {
+impl RegisterPages {
+    /// The APIC's page.
+    pub const APIC: PhysRange = match PhysRange::new(XAPIC_BASE, PAGE_SIZE) {
         Some(range) => range,
         None => unreachable!(),
     };
 
-    /// Takes the page out of `nested`, the tables of all CPUs, which must not change any more.
-    pub fn take(space: &AddressSpace, nested: &Tables, pool: &mut PagePool) -> Result<Self, MemoryError> {
-        nested.unmap(pool, Self::RANGE)?;
-        space.map_part(View::Guest, Self::RANGE, nested, pool)?;
-        let (_, entry) =
-            pool.own_path(nested.root(), nested.levels(), XAPIC_BASE).ok_or(MemoryError::OutOfMemory)?;
-        let device = entry.load(Ordering::Relaxed);
-        nested.unmap(pool, Self::RANGE)?;
-        Ok(Self { root: nested.root(), levels: nested.levels(), device })
+    /// Takes them out of `nested`, the tables of all CPUs, which must not change any more; the shown unit's where one is.
+    pub fn take(
+        space: &AddressSpace,
+        nested: &Tables,
+        pool: &mut PagePool,
+        unit_shown: bool,
+    ) -> Result<Self, MemoryError> {
+        nested.unmap(pool, if unit_shown { windows::RANGE } else { Self::APIC })?;
+        space.map_part(View::Guest, Self::APIC, nested, pool)?;
+        let (entry, _) =
+            pool.leaf(nested.root(), nested.levels(), XAPIC_BASE).ok_or(MemoryError::OutOfMemory)?;
+        let apic = entry.load(Ordering::Relaxed);
+        nested.unmap(pool, Self::APIC)?;
+        Ok(Self { root: nested.root(), levels: nested.levels(), apic, unit_shown })
     }
 
-    /// Nested tables of one CPU, and its view of the page.
-    pub fn window(&self, pool: &mut PagePool) -> Result<(u64, ApicWindow), MemoryError> {
+    /// Nested tables of one CPU, and its view of the pages.
+    pub fn windows(&self, pool: &mut PagePool) -> Result<(u64, Windows), MemoryError> {
         let none = MemoryError::OutOfMemory;
-        let Some((root, entry)) = pool.own_path(self.root, self.levels, XAPIC_BASE) else {
-            return Err(none);
+        let (root, table) = pool.own_path(self.root, self.levels, XAPIC_BASE).ok_or(none)?;
+        let mut window = |at: u64, device: u64| {
+            let entry = table.get(usize::try_from(at >> 12 & 511).ok()?)?;
+            let page = pool.words()?;
+            let shadow = (self.apic & !XAPIC_BASE) | page.as_ptr() as u64;
+            Some(Window::new(entry, device, shadow, page))
         };
-        let Some(page) = pool.words() else { return Err(none) };
-        let shadow = (self.device & !XAPIC_BASE) | page.as_ptr() as u64;
-        Ok((root, ApicWindow::new(entry, self.device, shadow, page)))
+        let apic = window(XAPIC_BASE, self.apic).ok_or(none)?;
+        let unit = match self.unit_shown {
+            true => Some(window(UNIT_BASE, 0).ok_or(none)?),
+            false => None,
+        };
+        Ok((root, Windows::new(apic, unit)))
     }
 }

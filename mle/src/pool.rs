@@ -77,8 +77,13 @@ fn slot(table: u64, index: usize) -> Option<&'static AtomicU64> {
 
 impl PagePool {
     /// A second root that shares all of `tables` but its own path to the 4 KiB page at `addr`, which must not lie in a
-    /// larger page. Gives the root and the entry of that page. `tables` must not change any more.
-    pub fn own_path(&mut self, root: u64, levels: u32, addr: u64) -> Option<(u64, &'static AtomicU64)> {
+    /// larger page. Gives the root and the table with the entry of that page. `tables` must not change any more.
+    pub fn own_path(
+        &mut self,
+        root: u64,
+        levels: u32,
+        addr: u64,
+    ) -> Option<(u64, &'static [AtomicU64; ENTRIES])> {
         let mut from = root;
         let new_root = self.copy_table(root)?;
         let mut table = new_root;
@@ -91,8 +96,8 @@ impl PagePool {
             self.write(table, index, (entry & !ADDRESS) | copy);
             table = copy;
         }
-        let index = usize::try_from(addr >> 12 & 511).ok()?;
-        Some((new_root, slot(table, index)?))
+        // SAFETY: a page of the pool, for ever; its entries are only ever accessed as atomics.
+        Some((new_root, unsafe { &*(table as *const [AtomicU64; ENTRIES]) }))
     }
 
     /// The entry that maps `addr` in the tables at `root`, and the bytes that it maps; `None` when nothing does.

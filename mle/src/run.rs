@@ -10,11 +10,11 @@ use hv::io::{Clock, Mmio};
 use hv::vcpu::{Access, Exit};
 use spin::Mutex;
 
-use crate::apic::{Command, ICR_HIGH, ICR_LOW, XAPIC_BASE, Xapic};
+use crate::apic::{Command, ICR_HIGH, Xapic};
 use crate::backend::Vcpu;
 use crate::cpu::{self, Cpu};
-use crate::guest::apic_window::{ApicWindow, View};
 use crate::guest::exits::{self, Next};
+use crate::guest::windows::{Collected, Registers, Windows};
 use crate::guest::{ends, ports as guarded};
 use crate::metal::{PhysWindow, Ports, TscClock};
 use crate::{dma, exposure, fatal, senter, services, smi, smp};
@@ -107,7 +107,7 @@ pub fn write_refusals(out: &mut impl Write) {
 pub fn guest(
     cpu: &mut Cpu,
     vcpu: &mut Vcpu<'_>,
-    window: &mut ApicWindow,
+    windows: &mut Windows,
     local: &Xapic<PhysWindow>,
     clock: &TscClock,
     ports: Ports,
@@ -116,27 +116,30 @@ pub fn guest(
     let mut branch_trap = false;
     let mut has_kernel = false;
     loop {
-        if smp::before_run(index, cpu, vcpu, window, local, clock) {
+        if smp::before_run(index, cpu, vcpu, windows, local, clock) {
             return;
         }
         let exit = cpu.run(vcpu);
         count(index, &exit); // before it is handled: the exit that ends us is in the statistics
         if let Some(step) = vcpu.end_step(exit) {
             cpu.restore_branch_trap(branch_trap);
-            let collected = window.view() == View::Shadow;
-            window.set(View::Watched);
+            let collected = windows.take_back(step.executed);
             vcpu.flush_nested();
-            if collected && step.executed {
-                let destination = local.0.read32(ICR_HIGH) >> 24;
-                let command = Command { low: window.written(), destination };
-                smp::command(command, cpu.redirects_init(), local, clock);
+            match collected {
+                Some(Collected::Command(low)) => {
+                    let destination = local.0.read32(ICR_HIGH) >> 24;
+                    smp::command(Command { low, destination }, cpu.redirects_init(), local, clock);
+                }
+                Some(Collected::Unit { offset, word }) => {
+                    dma::shown::write((offset, word), local.id(), clock)
+                }
+                None => {}
             }
             if step.answered {
                 continue;
             }
         }
-        let watched = (window.view() == View::Watched).then_some(XAPIC_BASE);
-        match exits::answer(&mut **vcpu, exit, cpu, watched) {
+        match exits::answer(&mut **vcpu, exit, cpu, |page| windows.watched(page)) {
             Next::Resume => {}
             Next::Refused { gpa, access } => {
                 let refusal = Refusal { cpu: index, gpa, access, rip: vcpu.rip() };
@@ -144,10 +147,12 @@ pub fn guest(
                     exposure::record(&refusal.on_record(local.id(), clock));
                 }
             }
-            Next::Apic { .. } if smp::open(index, window) => {}
-            Next::Apic { offset, access } => {
-                let is_command = offset & !0xf == ICR_LOW && access == Access::Write;
-                window.set(if is_command { View::Shadow } else { View::Device });
+            Next::Registers { of: Registers::Apic, .. } if smp::open(index, windows) => {}
+            Next::Registers { of, offset, access } => {
+                match of {
+                    Registers::Apic => windows.lend_apic(offset, access),
+                    Registers::Unit => windows.lend_unit(offset, access, dma::shown::read(offset)),
+                }
                 branch_trap = cpu.hold_branch_trap();
                 vcpu.begin_step();
             }

@@ -27,7 +27,7 @@ use spin::Mutex;
 use crate::backend::{MsrMap, PortMap, Vcpu, VcpuPage, Vm};
 use crate::boot::Layout;
 use crate::cpu::FpuArea;
-use crate::memory::{ApicPage, MemoryError};
+use crate::memory::{MemoryError, RegisterPages};
 use crate::metal::{Identity, TscClock};
 use crate::pool::PagePool;
 use crate::services::{self, PRISTINE_MAX, Parts, Runner, STATUS_MAX};
@@ -233,7 +233,7 @@ fn native_tables(pool: &mut PagePool, input: &Input<'_>) -> Result<Tables, Sandb
     // First, so that the watched pages are mapped by leaves like the sandbox's.
     input.space.map_view(View::Sandbox, &tables, pool)?;
     (input.map_guest)(&input.space, &tables, pool)?;
-    tables.unmap(pool, ApicPage::RANGE)?;
+    tables.unmap(pool, RegisterPages::APIC)?;
     Ok(tables)
 }
 

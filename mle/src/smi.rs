@@ -23,7 +23,7 @@ use spin::{Mutex, MutexGuard};
 
 use crate::backend::{Vcpu, VcpuPage, Vendor};
 use crate::cpu::{Cpu, native_cpuid};
-use crate::guest::apic_window::ApicWindow;
+use crate::guest::windows::Windows;
 use crate::metal::{Identity, Msrs, Ports, TscClock};
 use crate::pool::PagePool;
 use crate::services::PRISTINE_MAX;
@@ -143,11 +143,11 @@ impl Adding {
         tables.each_table(pool, &mut |at| self.bits(PhysRange::new(at, PAGE_SIZE), mask));
     }
 
-    /// Adds nested tables of one CPU whose first entry that changes is that of `window`: [`PagePool::own_path`] made them.
-    pub fn path(&mut self, root: u64, window: &ApicWindow) {
-        let entry = window.entry();
-        self.range(root, entry);
-        self.range(entry.saturating_add(8), (entry | PAGE_SIZE.saturating_sub(1)).saturating_add(1));
+    /// Adds nested tables of one CPU in which the entries of `windows` change: [`PagePool::own_path`] made them.
+    pub fn path(&mut self, root: u64, windows: &Windows) {
+        let (first, end) = windows.entries();
+        self.range(root, first);
+        self.range(end, (first | PAGE_SIZE.saturating_sub(1)).saturating_add(1));
     }
 }
 

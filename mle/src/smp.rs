@@ -3,7 +3,7 @@
 //! After SKINIT an AP waits for a Startup IPI and must get no INIT; after SENTER it has joined the MLE and waits there
 //! ([`crate::senter::rlp`]). The MLE starts them all before the guest runs, so
 //! that none can be started past it, and parks them in HLT with GIF set: an SMI must find all CPUs able to
-//! meet. While the guest may want to start an AP its APIC page is watched, see [`crate::guest::apic_window`].
+//! meet. While the guest may want to start an AP its APIC page is watched, see [`crate::guest::windows`].
 //!
 //! An INIT that the guest sends to an AP that runs it parks that AP again. It is dropped where VM_CR.R_INIT holds; elsewhere
 //! it resets the AP, which is started into the MLE at once. The Startup IPI that follows must be seen: so the APIC page is
@@ -30,7 +30,7 @@ pub use self::gather::{reset_others, scatter, want};
 use crate::apic::{Command, ICR_HIGH, Xapic, delivery};
 use crate::backend::{Vcpu, Vm};
 use crate::cpu::{Cpu, CpuMemory, Loaded};
-use crate::guest::apic_window::{ApicWindow, View};
+use crate::guest::windows::{View, Windows};
 use crate::metal::{PhysWindow, Ports, TscClock};
 use crate::pool::PagePool;
 use crate::{apic, fatal, paging, run, senter, smi, trap};
@@ -230,8 +230,8 @@ pub struct Setup {
     pub memory: CpuMemory,
     /// The guest's tables, with this CPU's nested root.
     pub vm: Vm,
-    /// Its view of the APIC page.
-    pub window: ApicWindow,
+    /// Its view of registers.
+    pub windows: Windows,
     /// Time.
     pub clock: TscClock,
     /// SMEP is there.
@@ -376,7 +376,7 @@ extern "sysv64" fn entry(index: u32) -> ! {
     slot.apic_id.store(local.id(), Ordering::Relaxed);
     if cpu.sees_startup() {
         // It waits as a guest, and the Startup IPI is an exit.
-        setup.window.set(View::Device);
+        setup.windows.apic.set(View::Device);
         slot.open.store(true, Ordering::SeqCst);
         slot.set(State::Running);
         ARRIVED.fetch_add(1, Ordering::AcqRel);
@@ -385,13 +385,13 @@ extern "sysv64" fn entry(index: u32) -> ! {
             smi::with_vcpu(page, setup.vm.vendor, || unsafe { Vcpu::new(page, Role::Guest, &setup.vm) });
         vcpu.wait_for_startup();
         loop {
-            run::guest(&mut cpu, &mut vcpu, &mut setup.window, &local, &clock, ports, number);
+            run::guest(&mut cpu, &mut vcpu, &mut setup.windows, &local, &clock, ports, number);
         }
     }
     slot.set(State::Parked);
     ARRIVED.fetch_add(1, Ordering::AcqRel);
     loop {
-        setup.window.set(View::Watched);
+        setup.windows.apic.set(View::Watched);
         slot.open.store(false, Ordering::SeqCst);
         local.quiet();
         while !slot.is(State::Starting) {
@@ -407,7 +407,7 @@ extern "sysv64" fn entry(index: u32) -> ! {
             smi::with_vcpu(page, setup.vm.vendor, || unsafe { Vcpu::new(page, Role::Guest, &setup.vm) });
         vcpu.start_at(slot.vector.load(Ordering::Relaxed) as u8);
         slot.set(State::Running);
-        run::guest(&mut cpu, &mut vcpu, &mut setup.window, &local, &clock, ports, number);
+        run::guest(&mut cpu, &mut vcpu, &mut setup.windows, &local, &clock, ports, number);
 
         // The guest sent INIT, and will send a Startup IPI.
         slot.set(State::Parked);
@@ -481,7 +481,7 @@ fn any_waiting() -> bool {
 }
 
 /// Opens the view of the APIC page for good, if nothing is to be seen there.
-pub fn open(index: usize, window: &mut ApicWindow) -> bool {
+pub fn open(index: usize, windows: &mut Windows) -> bool {
     let Some(slot) = SLOTS.get(index) else { return false };
     // This order, and the other one where a CPU comes to wait: one of the two sees the other.
     slot.open.store(true, Ordering::SeqCst);
@@ -489,7 +489,7 @@ pub fn open(index: usize, window: &mut ApicWindow) -> bool {
         slot.open.store(false, Ordering::SeqCst);
         return false;
     }
-    window.set(View::Device);
+    windows.apic.set(View::Device);
     true
 }
 
@@ -498,7 +498,7 @@ pub fn before_run(
     index: usize,
     cpu: &mut Cpu,
     vcpu: &mut Vcpu<'_>,
-    window: &mut ApicWindow,
+    windows: &mut Windows,
     local: &Xapic<PhysWindow>,
     clock: &TscClock,
 ) -> bool {
@@ -524,7 +524,7 @@ pub fn before_run(
     }
     if any_waiting() {
         if slot.open.load(Ordering::SeqCst) {
-            window.set(View::Watched);
+            windows.apic.set(View::Watched);
             vcpu.flush_nested();
             slot.open.store(false, Ordering::SeqCst);
         }

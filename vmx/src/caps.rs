@@ -137,6 +137,8 @@ pub struct Caps {
     pub cr4_fixed: u64,
     /// EPT leaves of 1 GiB.
     pub pages_1g: bool,
+    /// The monitor trap flag: a guest can be made to exit after one instruction.
+    pub monitor_trap: bool,
     guest: Controls,
     sandbox: Controls,
 }
@@ -181,6 +183,7 @@ impl Caps {
             cr0_fixed: from.rdmsr(msr::CR0_FIXED0),
             cr4_fixed: from.rdmsr(msr::CR4_FIXED0),
             pages_1g: ept & 1 << 17 != 0,
+            monitor_trap: fields.primary.may & primary::MONITOR_TRAP != 0,
             guest: fields.controls(Role::Guest)?,
             sandbox: fields.controls(Role::Sandbox)?,
         })

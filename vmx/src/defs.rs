@@ -339,6 +339,8 @@ pub mod primary {
     pub const MOV_DR: u32 = 1 << 23;
     /// I/O bitmaps.
     pub const IO_BITMAPS: u32 = 1 << 25;
+    /// Exit after one instruction.
+    pub const MONITOR_TRAP: u32 = 1 << 27;
     /// MSR bitmap.
     pub const MSR_BITMAP: u32 = 1 << 28;
     /// MONITOR exits.
@@ -437,6 +439,8 @@ pub mod reason {
     pub const RDMSR: u32 = 31;
     /// WRMSR.
     pub const WRMSR: u32 = 32;
+    /// The monitor trap flag.
+    pub const MONITOR_TRAP: u32 = 37;
     /// EPT violation.
     pub const EPT_VIOLATION: u32 = 48;
     /// INVEPT.

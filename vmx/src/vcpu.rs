@@ -3,7 +3,7 @@
 //! All of it is logic over [`Vmcs`]: [`VmxVcpu::enter`] writes what has changed before the world switch, [`VmxVcpu::exit`]
 //! reads what is needed after it. So another VMCS may be current in between, and the logic runs on the host under test.
 
-use hv::vcpu::{Access, Control, Exception, Exit, Gprs, Role, Segment, Vcpu};
+use hv::vcpu::{Access, Control, Exception, Exit, Gprs, Role, Segment, Step, Vcpu};
 
 use crate::caps::{Caps, Controls};
 use crate::defs::*;
@@ -126,6 +126,10 @@ pub struct VmxVcpu {
     window_exit: bool,
     /// Of the last exit.
     length: u32,
+    /// Where the instruction is that the next run is to end after.
+    step: Option<u64>,
+    /// The monitor trap flag is on.
+    trapping: bool,
 }
 
 impl VmxVcpu {
@@ -158,6 +162,8 @@ impl VmxVcpu {
             nmi_window: false,
             window_exit: false,
             length: 0,
+            step: None,
+            trapping: false,
         };
         vcpu.reset();
         vcpu
@@ -278,10 +284,12 @@ impl VmxVcpu {
             self.event = Event { info: 2 | event::NMI | event::VALID, ..Event::default() };
         }
         let window = nmi && !deliver;
-        if window != self.nmi_window {
-            self.nmi_window = window;
-            let bit = if window { primary::NMI_WINDOW } else { 0 };
-            vmcs.write(PRIMARY_CONTROLS, self.controls.primary | bit)?;
+        let step = self.step.is_some();
+        if (window, step) != (self.nmi_window, self.trapping) {
+            (self.nmi_window, self.trapping) = (window, step);
+            let window = if window { primary::NMI_WINDOW } else { 0 };
+            let trap = if step { primary::MONITOR_TRAP } else { 0 };
+            vmcs.write(PRIMARY_CONTROLS, self.controls.primary | window | trap)?;
         }
         if let Some(fresh) = self.fresh.take() {
             self.write_fresh(vmcs, &fresh)?;
@@ -484,6 +492,7 @@ impl VmxVcpu {
                 (self.nmi_window, self.window_exit) = (true, true);
                 Exit::Nmi
             }
+            reason::MONITOR_TRAP => Exit::Absorbed,
             reason::CPUID => Exit::Cpuid,
             reason::HLT => Exit::Halt,
             reason::INVD => Exit::InvalidateCaches,
@@ -663,6 +672,13 @@ impl Vcpu for VmxVcpu {
         self.begin(segments, gdt);
         self.set_control_registers(0x8000_0033, 0x20 | 0x600, EFER_LME | EFER_LMA | 0x800);
         (self.now.rip, self.now.cr3) = (rip, cr3);
+    }
+    fn begin_step(&mut self) {
+        self.step = Some(self.now.rip);
+    }
+    fn end_step(&mut self, exit: Exit) -> Option<Step> {
+        let before = self.step.take()?;
+        Some(Step { executed: self.now.rip != before, answered: exit == Exit::Absorbed })
     }
     fn wait_for_startup(&mut self) {
         self.now.activity = activity::WAIT_FOR_SIPI;

@@ -64,7 +64,7 @@ named_values! { Kind:
     SANDBOX_RESTARTED = 9, "sandbox restarted";
     /// The guest unlocked a service.
     UNLOCKED = 10, "unlocked";
-    /// Something was refused by policy.
+    /// Something was refused by policy, or an interrupt that the guest would have a device send.
     REFUSED = 11, "refused";
     /// The machine is about to be reset or turned off.
     RESET = 12, "reset";
@@ -77,6 +77,8 @@ named_values! { Kind:
     /// The MLE was launched again, and with it PCR 22 begins anew: the first record of the first batch after that. See
     /// [`Record::relaunched`].
     RELAUNCHED = 16, "relaunched";
+    /// Something that stayed open is closed from now on.
+    CLOSED = 17, "closed";
 }
 
 /// What was decided about it. Values that have no name are a later version's.

@@ -218,3 +218,28 @@ proptest! {
         prop_assert_eq!(found, wanted);
     }
 }
+
+#[test]
+fn a_table_of_one_unit_keeps_what_sends_interrupts() {
+    let (io_apic, timer) = (scope(3, 2, 0xf0, &[(0x1f, 0)]), scope(4, 0, 0, &[(0x1f, 7)]));
+    let graphics = [scope(1, 0, 0, &[(2, 0)]), scope(3, 1, 0xf1, &[(0x1e, 0)])].concat();
+    let table = Table::new(46)
+        .flags(5)
+        .unit(0, 0, 0xfed9_0000, &graphics)
+        .unit(1, 0, 0xfed9_1000, &[io_apic.clone(), timer.clone()].concat())
+        .region(0, 0x1000, 0x1fff, &scope(1, 0, 0, &[(2, 0)]))
+        .finish();
+    let mut out = [0xff; 256];
+    let used = Dmar::new(&table).unwrap().write_single(0xfee0_1000, &mut out).unwrap();
+    let right = Table::new(46).flags(3).unit(
+        1,
+        0,
+        0xfee0_1000,
+        &[scope(3, 1, 0xf1, &[(0x1e, 0)]), io_apic, timer].concat(),
+    );
+    assert_eq!(&out[..used], right.finish());
+    let dmar = Dmar::new(&table).unwrap();
+    assert_eq!(dmar.write_single(0xfee0_1000, &mut out[..used - 1]), None);
+    let table = Table::new(46).unit(1, 0, 0xfed9_0000, &[]).unit(1, 1, 0xfed9_1000, &[]).finish();
+    assert_eq!(Dmar::new(&table).unwrap().write_single(0xfee0_1000, &mut out), None);
+}

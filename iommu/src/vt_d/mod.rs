@@ -10,6 +10,7 @@ mod defs;
 mod error;
 mod fault;
 mod interrupt;
+pub mod shown;
 mod unit;
 
 pub use error::{BadTables, Error, Need};
@@ -299,6 +300,17 @@ impl<W: Mmio> VtD<W> {
         }
         put(0, low)?;
         self.units().try_for_each(|unit| unit.forget_interrupt(platform, index))
+    }
+
+    /// From now on interrupts of compatibility format are blocked, and those of [`Self::grant`] pass: the guest's driver has
+    /// programmed its devices so.
+    ///
+    /// # Errors
+    /// [`Error`]: some unit may still let others pass.
+    pub fn block_compatible<P: Machine<Window = W>>(&mut self, platform: &P) -> Result<(), Error> {
+        self.state.global = global::INTERRUPTS;
+        self.units().try_for_each(|unit| unit.set_interrupts(platform, global::INTERRUPTS))?;
+        self.verify_registers()
     }
 
     /// Drops cached translations of the guest: those of `range`, or all. After a change of the guest's page table.

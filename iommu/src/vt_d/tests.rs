@@ -1,3 +1,5 @@
+mod shown;
+
 use std::cell::Cell;
 use std::rc::Rc;
 

@@ -128,6 +128,14 @@ impl Vendor {
         }
     }
 
+    /// Whether a guest can be made to run one instruction.
+    pub fn can_step(self) -> bool {
+        match self {
+            Self::Svm => true,
+            Self::Vmx(traits) => traits.caps.monitor_trap,
+        }
+    }
+
     /// Whether this is AMD's.
     pub fn is_svm(self) -> bool {
         self == Self::Svm

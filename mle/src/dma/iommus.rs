@@ -177,6 +177,17 @@ impl<W: Mmio> Iommus<W> {
         })
     }
 
+    /// Writes a table that lists one unit with its registers at `base`, which the guest may be shown as one that remaps
+    /// interrupts ([`super::shown`]). Gives the bytes used; `None` where there is no such unit to be shown.
+    pub fn write_shown(&self, listed: Listed<'_>, base: u64, out: &mut [u8]) -> Option<usize> {
+        match (self, listed) {
+            (Self::VtD(all), Listed::Dmar(table, _)) if all.common().interrupts => {
+                Dmar::new(table).ok()?.write_single(base, out)
+            }
+            _ => None,
+        }
+    }
+
     /// Gives all devices the memory that `tables` map; all pages of `tables` lie in `pages`.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! they were set to.
 
 mod iommus;
+pub mod shown;
 
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +23,9 @@ const PERIOD_US: u64 = 100_000;
 /// The device table is two megabytes: it is not compared more often than this.
 const TABLE_PERIOD_US: u64 = 1_000_000;
 
+/// What is left open where devices' interrupts are not checked.
+pub const ALL_INTERRUPTS: &str = "devices may send SMI, NMI and INIT";
+
 static DMA: Once<Mutex<Dma>> = Once::new();
 /// When the logs are looked at next, since the MLE's start.
 static NEXT_US: AtomicU64 = AtomicU64::new(0);
@@ -36,6 +40,8 @@ struct Dma {
     next_table_us: u64,
     /// An SMI came, and it was not compared since.
     table_owed: bool,
+    /// What the guest sees of it.
+    shown: Option<shown::Unit>,
 }
 
 /// What was stopped so far. Each kind of record has its own bound: devices choose how many there would be.
@@ -111,6 +117,7 @@ pub fn keep(iommus: Iommus<PhysWindow>, machine: Machine) {
             broken: false,
             next_table_us: 0,
             table_owed: false,
+            shown: None,
         })
     });
 }

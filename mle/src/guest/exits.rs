@@ -4,6 +4,7 @@ use hv::vcpu::{Access, Exception, Exit, Gprs, Vcpu};
 
 use super::cpuid::{self, Leaf};
 use super::msr::{Answer, Guards};
+use super::windows::Registers;
 
 /// What answers need of the CPU that the guest runs on.
 pub trait Hardware {
@@ -32,8 +33,10 @@ pub enum Next {
     Resume,
     /// The guest called a runtime service.
     Firmware,
-    /// The guest touched the APIC page while it is watched.
-    Apic {
+    /// The guest touched registers that are watched.
+    Registers {
+        /// Which.
+        of: Registers,
         /// Offset in the page.
         offset: u32,
         /// What was tried.
@@ -100,8 +103,13 @@ fn xcr0_is_valid(value: u64, hw: &impl Hardware) -> bool {
         && (value & AVX512 == 0 || value & AVX != 0)
 }
 
-/// Answers `exit`. `apic` is the address of the APIC page while it is watched.
-pub fn answer(vcpu: &mut dyn Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<u64>) -> Next {
+/// Answers `exit`. `watched` says what is watched at a page.
+pub fn answer(
+    vcpu: &mut dyn Vcpu,
+    exit: Exit,
+    hw: &impl Hardware,
+    watched: impl Fn(u64) -> Option<Registers>,
+) -> Next {
     match exit {
         Exit::Cpuid => {
             let (leaf, subleaf) = (vcpu.gprs().rax as u32, vcpu.gprs().rcx as u32);
@@ -116,9 +124,9 @@ pub fn answer(vcpu: &mut dyn Vcpu, exit: Exit, hw: &impl Hardware, apic: Option<
             let answer = hw.guards().write(vcpu, index, value, || hw.rdmsr(index), hw.tsc(), hw.efer_bits());
             finish_msr(answer, vcpu, || hw.wrmsr(index, value))
         }
-        Exit::Memory { gpa, access, .. } => match apic {
-            Some(page) if gpa & !0xfff == page && access != Access::Fetch => {
-                Next::Apic { offset: (gpa & 0xfff) as u32, access }
+        Exit::Memory { gpa, access, .. } => match watched(gpa & !0xfff) {
+            Some(of) if access != Access::Fetch => {
+                Next::Registers { of, offset: (gpa & 0xfff) as u32, access }
             }
             _ => {
                 // No device answers there, and for the guest's kernel it is a fault it can attribute.
@@ -217,6 +225,14 @@ mod tests {
         }
     }
 
+    fn nothing(_: u64) -> Option<Registers> {
+        None
+    }
+
+    fn apic(page: u64) -> Option<Registers> {
+        (page == 0xfee0_0000).then_some(Registers::Apic)
+    }
+
     #[test]
     fn every_exit_a_guest_can_cause_leaves_the_mle_running() {
         let memory = Exit::Memory { gpa: 0x1000, access: Access::Write, table_walk: true };
@@ -235,7 +251,7 @@ mod tests {
             Exit::Shutdown,
         ];
         for exit in exits {
-            let next = answer(&mut FakeVcpu::default(), exit, &FakeHardware::default(), None);
+            let next = answer(&mut FakeVcpu::default(), exit, &FakeHardware::default(), nothing);
             assert!(!matches!(next, Next::Fatal(_)), "{exit}");
         }
     }
@@ -244,25 +260,26 @@ mod tests {
     fn a_hole_gives_the_guest_a_fault_and_the_log_a_record() {
         let mut v = FakeVcpu::default();
         let exit = Exit::Memory { gpa: 0xfed4_2000, access: Access::Read, table_walk: false };
-        let next = answer(&mut v, exit, &FakeHardware::default(), Some(0xfee0_0000));
+        let next = answer(&mut v, exit, &FakeHardware::default(), apic);
         assert_eq!(next, Next::Refused { gpa: 0xfed4_2000, access: Access::Read });
         assert_eq!((v.injected, v.rip), (Some(Exception::GeneralProtection), 0x1000));
     }
 
     #[test]
-    fn the_apic_page_is_special_only_while_it_is_watched() {
+    fn a_page_of_registers_is_special_only_while_it_is_watched() {
         let exit = Exit::Memory { gpa: 0xfee0_0300, access: Access::Write, table_walk: false };
         let hw = FakeHardware::default();
-        let watched = answer(&mut FakeVcpu::default(), exit, &hw, Some(0xfee0_0000));
-        assert_eq!(watched, Next::Apic { offset: 0x300, access: Access::Write });
-        assert!(matches!(answer(&mut FakeVcpu::default(), exit, &hw, None), Next::Refused { .. }));
+        let watched = answer(&mut FakeVcpu::default(), exit, &hw, apic);
+        let right = Next::Registers { of: Registers::Apic, offset: 0x300, access: Access::Write };
+        assert_eq!(watched, right);
+        assert!(matches!(answer(&mut FakeVcpu::default(), exit, &hw, nothing), Next::Refused { .. }));
     }
 
     #[test]
     fn cpuid_advances_and_clears_the_high_halves() {
         let mut v = FakeVcpu::default();
         v.gprs.rax = 0xffff_ffff_0000_0005;
-        answer(&mut v, Exit::Cpuid, &FakeHardware::default(), None);
+        answer(&mut v, Exit::Cpuid, &FakeHardware::default(), nothing);
         assert_eq!((v.gprs.rax, v.rip), (5, 0x1002));
     }
 
@@ -297,7 +314,7 @@ mod tests {
         }
         let mut v = FakeVcpu::default();
         let hw = FakeHardware::default();
-        answer(&mut v, Exit::SetXcr { index: 1, value: 1 }, &hw, None);
+        answer(&mut v, Exit::SetXcr { index: 1, value: 1 }, &hw, nothing);
         assert_eq!((v.injected, hw.msr.get()), (Some(Exception::GeneralProtection), (0, 0)));
     }
 
@@ -305,9 +322,9 @@ mod tests {
     fn a_forwarded_write_reaches_the_cpu_and_a_faulting_one_does_not() {
         let hw = FakeHardware::default();
         let mut v = FakeVcpu::default();
-        answer(&mut v, Exit::MsrWrite { index: 0xc001_0015, value: 1 << 18 }, &hw, None);
+        answer(&mut v, Exit::MsrWrite { index: 0xc001_0015, value: 1 << 18 }, &hw, nothing);
         assert_eq!((hw.msr.get(), v.injected), ((0xc001_0015, 1 << 18), None));
-        answer(&mut v, Exit::MsrWrite { index: 0xc001_0015, value: 1 }, &hw, None);
+        answer(&mut v, Exit::MsrWrite { index: 0xc001_0015, value: 1 }, &hw, nothing);
         assert_eq!(hw.msr.get(), (0xc001_0015, 1 << 18));
         assert_eq!(v.injected, Some(Exception::GeneralProtection));
     }

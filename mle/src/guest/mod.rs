@@ -1,6 +1,5 @@
 //! What the guest may do: the answers to its exits. No hardware is touched here; the run loop does that.
 
-pub mod apic_window;
 pub mod cpuid;
 pub mod ends;
 pub mod exits;
@@ -8,3 +7,4 @@ pub mod msr;
 pub mod pci;
 pub mod ports;
 pub mod walk;
+pub mod windows;

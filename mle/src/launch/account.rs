@@ -10,7 +10,7 @@ use firmware::smm::facts::Facts;
 use super::cpus::Cpus;
 use super::{Ground, GuestMemory};
 use crate::cpu::Cpu;
-use crate::dma::Left;
+use crate::dma::{ALL_INTERRUPTS, Left};
 use crate::inputs::Inputs;
 use crate::sandbox::Constant;
 use crate::services::STATUS_MAX;
@@ -31,10 +31,10 @@ pub fn guard(ground: &Ground<'_>, guest: &GuestMemory, cpus: &Cpus, sandbox: &Co
     }
     looked_at.bits(trap::idt(), u64::MAX);
     looked_at.bits(memory.constant(), u64::MAX);
-    looked_at.path(cpus.bsp.nested_root, &cpus.window);
+    looked_at.path(cpus.bsp.nested_root, &cpus.windows);
     smp::each_setup(|setup| {
         looked_at.bits(setup.memory.constant(), u64::MAX);
-        looked_at.path(setup.vm.nested_root, &setup.window);
+        looked_at.path(setup.vm.nested_root, &setup.windows);
     });
 }
 
@@ -56,7 +56,7 @@ pub fn record(
         exposure::record(&claim.on_record(cpus.local.id(), exposure::now_us(&clock)));
     }
     for (open, text) in [
-        (left != Left::Ordinary, "devices may send SMI, NMI and INIT"),
+        (left != Left::Ordinary, ALL_INTERRUPTS),
         (cpus.smi_command.is_err(), "the FADT's SMI command port"),
         (config.policies.any(Policy::Native), "firmware may reach the guest: policy native"),
         (unguarded != 0, "no protected regions before IOMMU tables"),

@@ -13,9 +13,9 @@ use super::{Ground, GuestMemory, LaunchError};
 use crate::apic::{XAPIC_BASE, Xapic};
 use crate::backend::{MsrMap, PortMap, Vm};
 use crate::cpu::{Cpu, CpuMemory};
-use crate::guest::apic_window::{ApicWindow, View};
+use crate::guest::windows::{View, Windows};
 use crate::guest::{self, pci};
-use crate::memory::ApicPage;
+use crate::memory::RegisterPages;
 use crate::metal::PhysWindow;
 use crate::smp::{self, Setup};
 use crate::{senter, smi};
@@ -28,8 +28,8 @@ pub struct Cpus {
     pub vm: Vm,
     /// The same with the first CPU's nested root.
     pub bsp: Vm,
-    /// The first CPU's view of the APIC page.
-    pub window: ApicWindow,
+    /// The first CPU's view of registers.
+    pub windows: Windows,
     /// The running CPU's local APIC.
     pub local: Xapic<PhysWindow>,
     /// From where to where the permission maps lie.
@@ -81,24 +81,24 @@ impl Cpus {
         if !Xapic::<PhysWindow>::usable(&features.msrs) {
             return Err(LaunchError::Cpu("has its APIC moved, disabled or in x2APIC mode"));
         }
-        let apic_page = ApicPage::take(space, &guest_memory.nested, pool)?;
-        let (root, mut window) = apic_page.window(pool)?;
+        let registers = RegisterPages::take(space, &guest_memory.nested, pool, guest_memory.unit_shown)?;
+        let (root, mut windows) = registers.windows(pool)?;
         if cpu.sees_startup() {
-            window.set(View::Device);
+            windows.apic.set(View::Device);
         }
         let count = crate::acpi::count_cpus(&mem, acpi);
         let mut setups = Vec::new();
         for _ in 1..count {
-            let (nested_root, window) = apic_page.window(pool)?;
+            let (nested_root, windows) = registers.windows(pool)?;
             let memory = CpuMemory::new(pool).ok_or(LaunchError::OutOfMemory("a CPU"))?;
             memory.guard(pool, own)?;
-            let setup = Setup { memory, vm: Vm { nested_root, ..vm }, window, clock, smep: features.smep };
+            let setup = Setup { memory, vm: Vm { nested_root, ..vm }, windows, clock, smep: features.smep };
             setups
                 .push(setup)
                 .map_err(|_| LaunchError::Cpu("has more CPUs beside it than Cordon can start"))?;
         }
         smi::guard(mem);
         smp::start(setups, inputs.launch_page, own, pool, &local, &clock)?;
-        Ok(Self { count, vm, bsp: Vm { nested_root: root, ..vm }, window, local, maps, smi_command })
+        Ok(Self { count, vm, bsp: Vm { nested_root: root, ..vm }, windows, local, maps, smi_command })
     }
 }

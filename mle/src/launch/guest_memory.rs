@@ -21,6 +21,7 @@ use crate::boot::{self, BootError, Layout, Start};
 use crate::devices::{self, CLAIMS_MAX, Claim};
 use crate::dma::Iommus;
 use crate::guest::pci::{self, Guarded, MAX_GUARDED};
+use crate::guest::windows::UNIT_BASE;
 use crate::inputs::{self, InputError};
 use crate::memory::{self, MemoryError};
 use crate::metal::PhysWindow;
@@ -68,6 +69,8 @@ pub struct GuestMemory {
     pub efi: FirmwareTables,
     /// Where the guest begins.
     pub start: Start,
+    /// It is shown a unit that remaps interrupts.
+    pub unit_shown: bool,
 }
 
 impl GuestMemory {
@@ -82,7 +85,7 @@ impl GuestMemory {
         iommus: &Iommus<PhysWindow>,
         acpi_tables: &firmware::acpi::Tables,
     ) -> Result<(Self, AddressSpace), LaunchError<'static>> {
-        let Ground { inputs, map, pool, features, machine, ram_end, .. } = ground;
+        let Ground { inputs, map, pool, features, machine, ram_end, listed, .. } = ground;
         let (mem, ports) = (machine.mem, machine.ports);
         let mut head = [0; HEADER_BYTES];
         let file =
@@ -129,7 +132,11 @@ impl GuestMemory {
         // SAFETY: fresh pages of the pool, used as this buffer alone.
         let scratch: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(scratch_at as *mut u8, scratch) };
         boot::write_thunks(&layout, features.vendor.hypercall(), &mem)?;
-        boot::write_efi(&layout, &efi, map, acpi_tables, config.policies.rt_properties(), scratch, &mem)?;
+        let listed = Some(*listed).filter(|_| features.vendor.can_step());
+        let dmar = |out: &mut [u8]| iommus.write_shown(listed?, UNIT_BASE, out);
+        let dmar = boot::write_dmar(&layout, dmar, scratch, &mem)?;
+        let services = config.policies.rt_properties();
+        boot::write_efi(&layout, (&efi, map), (acpi_tables, dmar), services, scratch, &mem)?;
         // SAFETY: the area is free guest memory that the layout chose for these tables; nothing else uses it yet.
         let start = boot::write(&layout, inputs, &kernel, &mem, |area| unsafe { PagePool::new(area) })?;
         let built = Self {
@@ -142,6 +149,7 @@ impl GuestMemory {
             config_space,
             efi,
             start,
+            unit_shown: dmar.is_some(),
         };
         Ok((built, space))
     }

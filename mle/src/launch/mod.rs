@@ -101,6 +101,9 @@ fn launch<'a>(
     bus_masters::stop(&ports);
     let left = ground.open_dma(&mut iommus, &guest)?;
     dma::keep(iommus, machine);
+    if guest.unit_shown {
+        dma::shown::begin(space.clone());
+    }
     info!("guest: {} MiB of RAM, DMA open to it alone", guest.layout.map.ram_bytes() >> 20);
 
     exposure::begin(tpm, ground.inputs.tpm_degraded).map_err(MeasureError::Tpm)?;
@@ -166,7 +169,7 @@ fn launch<'a>(
     );
     logger::guest_has_the_port();
     loop {
-        run::guest(&mut cpu, &mut vcpu, &mut cpus.window, &cpus.local, &clock, ports, 0);
+        run::guest(&mut cpu, &mut vcpu, &mut cpus.windows, &cpus.local, &clock, ports, 0);
         let Some(plan) = &mut plan else { continue };
         services::relaunch(&mut cpu, |cpu, call, log| ground.round(plan, &guest, cpu, call, log))?;
         smp::scatter(&cpus.local, &clock);

@@ -11,9 +11,9 @@ use mle::apic::{XAPIC_BASE, Xapic, delivery};
 use mle::backend::{MsrMap, PortMap, Vcpu, Vendor, Vm};
 use mle::cpu::{CpuMemory, Loaded, native_cpuid};
 use mle::guest::exits::{self, Next};
-use mle::guest::{apic_window, msr, ports};
+use mle::guest::{msr, ports, windows};
 use mle::launch::Image;
-use mle::memory::ApicPage;
+use mle::memory::RegisterPages;
 use mle::metal::{Msrs, PhysWindow, Ports, TscClock};
 use mle::pool::PagePool;
 use mle::smp::{self, Setup};
@@ -149,9 +149,9 @@ pub extern "sysv64" fn main() -> ! {
         nested_root: nested.root(),
         tag: 1,
     };
-    let apic_page = ApicPage::take(&space, &nested, &mut pool).unwrap();
-    let (nested_root, mut window) = apic_page.window(&mut pool).unwrap();
-    window.set(apic_window::View::Device);
+    let registers = RegisterPages::take(&space, &nested, &mut pool, false).unwrap();
+    let (nested_root, mut windows) = registers.windows(&mut pool).unwrap();
+    windows.apic.set(windows::View::Device);
     let bsp = Vm { nested_root, ..vm };
     // The CPU's time stamp counts instructions in this emulator.
     let clock = TscClock { khz: 50_000 };
@@ -160,10 +160,10 @@ pub extern "sysv64" fn main() -> ! {
 
     let mut setups = Vec::new();
     if cpus() > 1 {
-        let (nested_root, window) = apic_page.window(&mut pool).unwrap();
+        let (nested_root, windows) = registers.windows(&mut pool).unwrap();
         let memory = CpuMemory::new(&mut pool).unwrap();
         memory.guard(&mut pool, &own).unwrap();
-        let setup = Setup { memory, vm: Vm { nested_root, ..vm }, window, clock, smep: false };
+        let setup = Setup { memory, vm: Vm { nested_root, ..vm }, windows, clock, smep: false };
         let _ = setups.push(setup);
     }
     let aps = setups.len();
@@ -181,7 +181,7 @@ pub extern "sysv64" fn main() -> ! {
         // SAFETY: bare metal.
         let ports = unsafe { Ports::new() };
         loop {
-            run::guest(&mut cpu, &mut vcpu, &mut window, &local, &clock, ports, 0);
+            run::guest(&mut cpu, &mut vcpu, &mut windows, &local, &clock, ports, 0);
         }
     }
     load_guest();
@@ -192,7 +192,7 @@ pub extern "sysv64" fn main() -> ! {
     loop {
         let exit = cpu.run(&mut vcpu);
         say!("exit: {exit}");
-        match exits::answer(&mut *vcpu, exit, &cpu, None) {
+        match exits::answer(&mut *vcpu, exit, &cpu, |_| None) {
             Next::Resume | Next::Nmi | Next::Refused { .. } => {}
             Next::Port { .. } => ports::finish_port(&mut vcpu, exit),
             Next::Firmware if vcpu.gprs().rax as u32 == guest::CALL => {

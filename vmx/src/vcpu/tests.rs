@@ -324,3 +324,28 @@ fn an_entry_never_says_that_smis_are_blocked() {
     v.enter(&mut f, false).unwrap();
     assert_eq!(f.get(INTERRUPTIBILITY), 1);
 }
+
+#[test]
+fn a_step_is_one_run_with_the_monitor_trap_flag() {
+    let (mut v, mut f) = running();
+    let trap = |f: &FakeVmcs| f.get(PRIMARY_CONTROLS) >> 27 & 1;
+    exit_with(&mut v, &mut f, 48, 0x182);
+    assert_eq!(v.end_step(Exit::Smi), None, "no step, nothing to end");
+    v.begin_step();
+    v.enter(&mut f, true).unwrap();
+    assert_eq!(trap(&f), 1);
+    f.set(GUEST_RIP, 0x10_0007);
+    let exit = exit_with(&mut v, &mut f, 37, 0);
+    assert_eq!(v.end_step(exit), Some(Step { executed: true, answered: true }));
+    v.enter(&mut f, false).unwrap();
+    assert_eq!(trap(&f), 0);
+
+    // Another exit before the instruction: that one is still to be answered.
+    exit_with(&mut v, &mut f, 48, 0x182);
+    v.begin_step();
+    v.enter(&mut f, false).unwrap();
+    let exit = exit_with(&mut v, &mut f, 3, 0);
+    assert_eq!(v.end_step(exit), Some(Step { executed: false, answered: false }));
+    v.enter(&mut f, false).unwrap();
+    assert_eq!(trap(&f), 0);
+}
