@@ -5,7 +5,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::machine::{Boot, Machine, Spec};
+use crate::machine::{Boot, Firmware, Machine, Spec};
+use crate::qemu::NS_PER_INSTRUCTION;
 use crate::{initrd, paths};
 
 /// The module.
@@ -45,34 +46,50 @@ pub fn build_initrd(to: &Path) -> Result<()> {
     initrd::add_modules(&paths::initrd(), &paths::modules(), &[MODULE], to)
 }
 
-/// Prints medians of `runs` boots of each machine, which take turns.
+/// Prints medians of `runs` boots of each machine, which take turns, if there are to be any; then what instructions alone say, of
+/// one boot of each with one CPU, for firmware with variables in SMM and without SMM.
 pub fn compare(spec: &Spec, runs: usize) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let initrd = folder.path().join("initrd.img");
     build_initrd(&initrd)?;
+    let spec = Spec { initrd, ..spec.clone() };
+    if runs > 0 {
+        table("ms", 1e6, &spec, runs)?;
+    }
+    for firmware in [Firmware::Smm, Firmware::Plain] {
+        let heading = format!("thousand instructions, one CPU, firmware {firmware:?}");
+        let spec = Spec { firmware, cpus: 1, counts: true, ..spec.clone() };
+        table(&heading, 1e3 * f64::from(NS_PER_INSTRUCTION), &spec, 1)?;
+    }
+    Ok(())
+}
+
+/// Prints medians of `runs` boots, in units of so many nanoseconds.
+fn table(heading: &str, unit: f64, spec: &Spec, runs: usize) -> Result<()> {
     let mut all: [[Vec<Figures>; CALLS.len()]; 2] = Default::default();
-    for _ in 0..runs.max(1) {
+    for _ in 0..runs {
         for (boot, all) in [Boot::Native, Boot::Cordon].into_iter().zip(&mut all) {
-            let figures = measure(&Spec { boot, initrd: initrd.clone(), ..spec.clone() })?;
+            let figures = measure(&Spec { boot, ..spec.clone() })?;
             all.iter_mut().zip(figures).for_each(|(all, figures)| all.push(figures));
         }
     }
+    println!("\n{heading}");
     println!(
-        "\n{:<14}{:>30}{:>10}{:>8}{:>30}",
-        "", "median (least) ms, native", "Cordon", "ratio", "held off at most ms, native"
+        "{:<14}{:>30}{:>10}{:>8}{:>30}",
+        "", "median (least), native", "Cordon", "ratio", "held off at most, native"
     );
     for (at, (name, _, wanted)) in CALLS.iter().enumerate() {
         let [native, cordon] = [&all[0][at], &all[1][at]].map(|runs| of_runs(runs));
-        let ms = |ns: u64| ns as f64 / 1e6;
+        let units = |ns: u64| ns as f64 / unit;
         println!(
             "{name:<14}{:>20.3} ({:.3}){:>12.3} ({:.3}){:>8.2}{:>12.2}{:>10.2}  {wanted}",
-            ms(native.median),
-            ms(native.least),
-            ms(cordon.median),
-            ms(cordon.least),
+            units(native.median),
+            units(native.least),
+            units(cordon.median),
+            units(cordon.least),
             cordon.median as f64 / native.median as f64,
-            ms(native.held_off),
-            ms(cordon.held_off),
+            units(native.held_off),
+            units(cordon.held_off),
         );
     }
     Ok(())

@@ -132,6 +132,9 @@ pub struct Spec {
     pub reboot: bool,
     /// Items of QEMU's log that are on from SKINIT.
     pub logged: Option<String>,
+    /// Whether QEMU's clocks count instructions, [`NS_PER_INSTRUCTION`](crate::qemu::NS_PER_INSTRUCTION) each, in place of the
+    /// host's time. CPUs then take turns.
+    pub counts: bool,
     /// More arguments for QEMU.
     pub qemu_args: Vec<String>,
     /// Longest time to the guest's init, and longest time of one command.
@@ -166,6 +169,7 @@ impl Default for Spec {
             senter_fault: None,
             reboot: false,
             logged: None,
+            counts: false,
             qemu_args: Vec::new(),
             timeout: Duration::from_secs(240),
             progress: false,

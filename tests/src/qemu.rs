@@ -17,6 +17,10 @@ use crate::paths;
 use crate::qmp::Qmp;
 use crate::run_dir::RunDir;
 
+/// How long an instruction takes on a machine that counts them, a power of two. In a time of 1 ns software that polls gives up
+/// before any device is done.
+pub const NS_PER_INSTRUCTION: u32 = 4;
+
 /// The command line of a machine.
 pub fn arguments(spec: &Spec) -> Vec<String> {
     let (smm, code) = match spec.firmware {
@@ -30,12 +34,16 @@ pub fn arguments(spec: &Spec) -> Vec<String> {
     let (memory, cpus) = (spec.memory, spec.cpus);
     // QEMU's order takes the place of the firmware's own, which variables that are kept are there for.
     let order = if spec.variables.is_none() { ",bootindex=1" } else { "" };
+    let threads = match spec.counts {
+        true => format!("single -icount shift={},sleep=off", NS_PER_INSTRUCTION.ilog2()),
+        false => "multi".to_owned(),
+    };
     let remap = if spec.remaps_interrupts { "on" } else { "off" };
     // No interrupt remapping as a rule: QEMU 7.2 gives an interrupt that a device table entry lets pass as it is (IntCtl 01) the
     // vector 0. Without it the IVRS lists no I/O APIC, and Cordon leaves the interrupt fields alone.
     let mut text = format!(
         "-name cordon-bench -nodefaults -display none
-         -machine q35,smm={smm} -accel tcg,thread=multi -cpu EPYC,+svm,+npt -smp {cpus} -m {memory}
+         -machine q35,smm={smm} -accel tcg,thread={threads} -cpu EPYC,+svm,+npt -smp {cpus} -m {memory}
          -drive if=pflash,unit=0,format=raw,readonly=on,file=/usr/share/OVMF/{code}
          -drive if=pflash,unit=1,format=raw,file=vars.fd
          -global driver=cfi.pflash01,property=secure,value={smm}
