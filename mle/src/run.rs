@@ -139,6 +139,11 @@ pub fn guest(
                 continue;
             }
         }
+        // These two come again, and are what a guest has of exits while firmware is called: its interrupts do not wait for a look.
+        let comes_again = matches!(exit, Exit::Cpuid | Exit::Hypercall);
+        if comes_again && smi::look_on(|| local.id(), clock) {
+            continue;
+        }
         match exits::answer(&mut **vcpu, exit, cpu, |page| windows.watched(page)) {
             Next::Resume => {}
             Next::Refused { gpa, access } => {
@@ -225,6 +230,8 @@ pub fn guest(
         // What waits for the guest's own use of the TPM is tried again at the next exit.
         dma::settle(|| local.id(), clock);
         let _ = exposure::settle(clock);
-        smi::look_if_owed(|| local.id(), clock);
+        if !comes_again {
+            smi::look_if_owed(|| local.id(), clock);
+        }
     }
 }

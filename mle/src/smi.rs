@@ -39,7 +39,8 @@ const ECHO_US: u64 = 1_000_000;
 static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
 /// What SMM must not have changed.
-static GUARD: Mutex<Guard> = Mutex::new(Guard { sums: Guarded::EMPTY, mem: None, left_out: 0 });
+static GUARD: Mutex<Guard> =
+    Mutex::new(Guard { sums: Guarded::EMPTY, look: Look::Done, mem: None, left_out: 0 });
 
 /// A look costs as much as a firmware call; so often it may.
 const LOOK_PERIOD_US: u64 = 100_000;
@@ -47,9 +48,22 @@ const LOOK_PERIOD_US: u64 = 100_000;
 static NEXT_LOOK_US: AtomicU64 = AtomicU64::new(0);
 /// An SMI has come that nobody looked after.
 static LOOK_OWED: AtomicBool = AtomicBool::new(false);
+/// A look has begun and is not at its end.
+static LOOKING: AtomicBool = AtomicBool::new(false);
+
+/// How far a look is.
+enum Look {
+    /// None is under way.
+    Done,
+    /// At that page of the MLE's memory.
+    Memory(usize),
+    /// At the IOMMUs.
+    Dma,
+}
 
 struct Guard {
     sums: Guarded,
+    look: Look,
     /// There is something to look at.
     mem: Option<Identity>,
     /// Pieces of memory for which there was no room.
@@ -187,32 +201,71 @@ fn key() -> [u8; 16] {
 /// After an SMI: ends the launch if SMM changed what is the MLE's. Of SMIs that follow each other closely the first is looked
 /// after at once, and the others together, at the next exit after [`LOOK_PERIOD_US`].
 fn look_for_damage(id: u32, clock: &TscClock) {
-    if exposure::now_us(clock) < NEXT_LOOK_US.load(Ordering::Relaxed) {
-        LOOK_OWED.store(true, Ordering::Relaxed);
-        return;
-    }
-    look(id, clock);
+    owe_look();
+    look_if_owed(|| id, clock);
 }
 
-/// Looks for damage, if an SMI is still to be looked after and it is time. Cheap when not; called at each exit.
+/// Has somebody look for damage when it is time.
+pub fn owe_look() {
+    LOOK_OWED.store(true, Ordering::Relaxed);
+}
+
+/// Whether a look is under way, or would begin now.
+pub fn look_waits(clock: &TscClock) -> bool {
+    let due = || exposure::now_us(clock) >= NEXT_LOOK_US.load(Ordering::Relaxed);
+    LOOKING.load(Ordering::Relaxed) || LOOK_OWED.load(Ordering::Relaxed) && due()
+}
+
+/// Looks for damage, if an SMI is still to be looked after and it is time. Cheap when not; called at each exit that
+/// [`look_on`] is not.
 pub fn look_if_owed(id: impl FnOnce() -> u32, clock: &TscClock) {
-    if LOOK_OWED.load(Ordering::Relaxed) && exposure::now_us(clock) >= NEXT_LOOK_US.load(Ordering::Relaxed) {
-        look(id(), clock);
+    if look_waits(clock) {
+        let id = id();
+        while look_part(id, clock) {}
     }
 }
 
-fn look(id: u32, clock: &TscClock) {
+/// The same in parts, at an exit that comes again if nothing is done about it. True while a look is under way, by this CPU or
+/// another: the guest is to go on at the same instruction, and takes its interrupts before the next part.
+pub fn look_on(id: impl FnOnce() -> u32, clock: &TscClock) -> bool {
+    let waits = look_waits(clock);
+    if waits {
+        look_part(id(), clock);
+    }
+    waits
+}
+
+/// Looks at a part; true while there are more.
+fn look_part(id: u32, clock: &TscClock) -> bool {
     // Another CPU looks already.
-    let Some(guard) = GUARD.try_lock() else { return };
-    let Some(mem) = guard.mem else { return };
-    LOOK_OWED.store(false, Ordering::Relaxed);
-    NEXT_LOOK_US.store(exposure::now_us(clock).saturating_add(LOOK_PERIOD_US), Ordering::Relaxed);
-    if let Some(damage) = guard.sums.check(&mem) {
-        stop(&damage, (damage.range.start() / PAGE_SIZE) as u16, id, clock);
-    }
-    if let Some(damage) = dma::damage(clock) {
-        stop(&damage, 0, id, clock);
-    }
+    let Some(mut guard) = GUARD.try_lock() else { return false };
+    let Some(mem) = guard.mem else {
+        LOOK_OWED.store(false, Ordering::Relaxed);
+        return false;
+    };
+    let from = match guard.look {
+        Look::Dma => None,
+        Look::Memory(from) => Some(from),
+        Look::Done => {
+            LOOK_OWED.store(false, Ordering::Relaxed);
+            NEXT_LOOK_US.store(exposure::now_us(clock).saturating_add(LOOK_PERIOD_US), Ordering::Relaxed);
+            LOOKING.store(true, Ordering::Relaxed);
+            Some(0)
+        }
+    };
+    guard.look = match from.map(|from| guard.sums.check_part(from, &mem)) {
+        Some(Ok(Some(next))) => Look::Memory(next),
+        Some(Ok(None)) => Look::Dma,
+        Some(Err(damage)) => stop(&damage, (damage.range.start() / PAGE_SIZE) as u16, id, clock),
+        None => match dma::look(clock) {
+            Ok(true) => Look::Dma,
+            Ok(false) => Look::Done,
+            Err(damage) => stop(&damage, 0, id, clock),
+        },
+    };
+    let more = !matches!(guard.look, Look::Done);
+    LOOKING.store(more, Ordering::Relaxed);
+    more
 }
 
 /// Ends the launch: SMM changed what is the MLE's.
@@ -259,7 +312,8 @@ impl SmiGate {
             communicate::Decision::Allow => {
                 expect_echoes(since);
                 raise();
-                look_for_damage(cpu, clock);
+                // Before the guest has the call's result.
+                owe_look();
                 record.decision = Decision::PASSED;
                 let took = exposure::now_us(clock).saturating_sub(since);
                 record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);

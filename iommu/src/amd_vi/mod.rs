@@ -13,6 +13,8 @@ mod unit;
 pub use crate::area::DmaArea;
 pub use error::Error;
 
+use core::ops::Range;
+
 use hv::addr::PhysRange;
 use hv::io::Mmio;
 
@@ -32,6 +34,8 @@ const ROUNDS: u32 = 16;
 const DRAIN_MAX: u32 = 64;
 /// Entries of the device table that are written or compared at once.
 const BLOCK: usize = 16;
+/// Entries of one part of a comparison; whole blocks.
+const PART_DEVICES: u32 = 2048;
 const BLOCK_SIZE: usize = BLOCK * DTE_SIZE as usize;
 
 /// All IOMMUs of the machine, set up by this crate.
@@ -180,7 +184,22 @@ impl<W: Mmio> AmdVi<W> {
     /// [`Error`] names the first difference.
     pub fn verify<P: Platform<Window = W>>(&self, platform: &P) -> Result<(), Error> {
         self.verify_registers()?;
-        self.each_block(platform, compare)
+        self.each_block(platform, 0..DEVICES, compare)
+    }
+
+    /// Compares [`PART_DEVICES`] entries of the device table from the `from`th on. Gives where the next part begins, or `None` when
+    /// there is none.
+    ///
+    /// # Errors
+    /// [`Error`] names the first difference.
+    pub fn verify_part<P: Platform<Window = W>>(
+        &self,
+        from: u32,
+        platform: &P,
+    ) -> Result<Option<u32>, Error> {
+        let next = from.saturating_add(PART_DEVICES).min(DEVICES);
+        self.each_block(platform, from..next, compare)?;
+        Ok((next < DEVICES).then_some(next))
     }
 
     /// Compares the registers only: a few reads for each IOMMU.
@@ -284,10 +303,10 @@ impl<W: Mmio> AmdVi<W> {
 
     /// Step 3: a table that says no, written and read back while no device can reach it.
     fn write_deny_table<P: Platform<Window = W>>(&self, platform: &P) -> Result<(), Error> {
-        self.each_block(platform, |platform, at, block| {
+        self.each_block(platform, 0..DEVICES, |platform, at, block| {
             if platform.write(at, block) { Ok(()) } else { Err(Error::Memory { address: at }) }
         })?;
-        self.each_block(platform, compare)
+        self.each_block(platform, 0..DEVICES, compare)
     }
 
     /// Step 4: that table in force, and the event log on.
@@ -303,11 +322,12 @@ impl<W: Mmio> AmdVi<W> {
     fn each_block<P: Platform<Window = W>>(
         &self,
         platform: &P,
+        devices: Range<u32>,
         visit: fn(&P, u64, &[u8]) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut bytes = [0; BLOCK_SIZE];
         let mut stale = true;
-        for first in (0..DEVICES).step_by(BLOCK) {
+        for first in devices.step_by(BLOCK) {
             // Which entry is an IOMMU's is asked only where some IOMMU's is: most of two megabytes is the same again.
             let special = self.devices().any(|own| u32::from(own).wrapping_sub(first) < BLOCK as u32);
             if special || stale {

@@ -304,6 +304,29 @@ fn no_bar_may_answer_for_the_table_that_is_nowhere() {
 }
 
 #[test]
+fn the_parts_of_a_comparison_are_the_whole_table() {
+    let machine = one_unit();
+    launch(&machine).unwrap();
+    let all = AmdVi::take_over(&machine, &ivrs(), dma_area(), &[region()], 1).unwrap();
+    let by_parts = || {
+        let mut next = Some(0);
+        while let Some(from) = next {
+            next = all.verify_part(from, &machine)?;
+        }
+        Ok(())
+    };
+    assert_eq!(by_parts(), Ok(()));
+    for device in [0, super::PART_DEVICES - 1, super::PART_DEVICES, 0xffff] {
+        let entry = dma_area().entry(device);
+        let was = machine.peek64(entry);
+        machine.poke64(entry, !was);
+        assert!(matches!(by_parts(), Err(Error::Tampered { .. })), "{device:#x}");
+        machine.poke64(entry, was);
+    }
+    assert_eq!(by_parts(), Ok(()));
+}
+
+#[test]
 fn the_mle_notices_what_changed_since_the_slb() {
     let machine = one_unit();
     launch(&machine).unwrap();

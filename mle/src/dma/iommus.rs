@@ -253,6 +253,23 @@ impl<W: Mmio> Iommus<W> {
         }
     }
 
+    /// Compares a part of the tables from `from` on, which is 0 for the first. Gives where the next begins, or `None` when there is
+    /// none.
+    ///
+    /// # Errors
+    /// Names the first difference.
+    pub fn verify_part<P: Platform<Window = W> + vt_d::WriteBack>(
+        &self,
+        from: u32,
+        platform: &P,
+    ) -> Result<Option<u32>, Error> {
+        match self {
+            Self::AmdVi(all) => Ok(all.verify_part(from, platform)?),
+            // Its tables are few.
+            Self::VtD(all) => Ok(all.verify(platform).map(|()| None)?),
+        }
+    }
+
     /// Takes what was stopped out of the logs.
     ///
     /// # Errors

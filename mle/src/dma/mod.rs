@@ -42,6 +42,8 @@ struct Dma {
     table_owed: bool,
     /// What the guest sees of it.
     shown: Option<shown::Unit>,
+    /// Where a comparison that has begun goes on.
+    table_at: Option<u32>,
 }
 
 /// What was stopped so far. Each kind of record has its own bound: devices choose how many there would be.
@@ -97,13 +99,9 @@ impl fmt::Display for Why {
 }
 
 impl Dma {
-    fn table_damage(&mut self, now_us: u64) -> Option<Error> {
-        if !self.table_owed || now_us < self.next_table_us {
-            return None;
-        }
-        self.table_owed = false;
-        self.next_table_us = now_us.saturating_add(TABLE_PERIOD_US);
-        self.iommus.verify(&self.machine).err()
+    /// Whether the table is to be compared now.
+    fn table_due(&self, now_us: u64) -> bool {
+        self.table_owed && now_us >= self.next_table_us
     }
 }
 
@@ -118,6 +116,7 @@ pub fn keep(iommus: Iommus<PhysWindow>, machine: Machine) {
             next_table_us: 0,
             table_owed: false,
             shown: None,
+            table_at: None,
         })
     });
 }
@@ -138,9 +137,8 @@ pub fn settle(id: impl FnOnce() -> u32, clock: &TscClock) {
     // Another CPU looks already.
     let Some(mut dma) = DMA.get().and_then(Mutex::try_lock) else { return };
     let id = id();
-    if let Some(damage) = dma.table_damage(now) {
-        drop(dma);
-        smi::stop(&damage, 0, id, clock);
+    if dma.table_due(now) {
+        smi::owe_look();
     }
     let Dma { iommus, machine, stopped, broken, .. } = &mut *dma;
     let drained = iommus.drain(machine, |fault| {
@@ -160,12 +158,29 @@ pub fn settle(id: impl FnOnce() -> u32, clock: &TscClock) {
     }
 }
 
-/// After an SMI: the first register or device table entry that is not what the MLE set. The table is compared at once if it
-/// was not lately, and otherwise by [`settle`].
-pub fn damage(clock: &TscClock) -> Option<Error> {
-    let mut dma = DMA.get()?.lock();
-    dma.table_owed = true;
-    dma.iommus.verify_registers().err().or_else(|| dma.table_damage(exposure::now_us(clock)))
+/// After an SMI: looks for a register or device table entry that is not what the MLE set. The table is compared if it was not lately,
+/// and otherwise when [`settle`] finds that it is time; it is compared in parts. True while there are more.
+///
+/// # Errors
+/// The first difference.
+pub fn look(clock: &TscClock) -> Result<bool, Error> {
+    let Some(mut dma) = DMA.get().map(Mutex::lock) else { return Ok(false) };
+    let from = match dma.table_at {
+        Some(from) => from,
+        None => {
+            dma.iommus.verify_registers()?;
+            dma.table_owed = true;
+            let now = exposure::now_us(clock);
+            if !dma.table_due(now) {
+                return Ok(false);
+            }
+            dma.table_owed = false;
+            dma.next_table_us = now.saturating_add(TABLE_PERIOD_US);
+            0
+        }
+    };
+    dma.table_at = dma.iommus.verify_part(from, &dma.machine)?;
+    Ok(dma.table_at.is_some())
 }
 
 /// Writes how much was stopped.

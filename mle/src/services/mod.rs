@@ -42,7 +42,7 @@ use crate::guest::walk::GuestView;
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 use crate::paging;
 use crate::relaunch::Took;
-use crate::smi::SmiGate;
+use crate::smi::{self, SmiGate};
 use crate::watch::Watch;
 
 /// Memory that the sandbox works in: page tables, GDT, stack, call buffer.
@@ -280,6 +280,7 @@ impl Services {
                         return Next::Relaunch;
                     }
                 },
+                Phase::Returned(..) | Phase::Answered(_) if smi::look_waits(&self.parts.clock) => Err(phase),
                 Phase::Returned(job, rax) => match exposure::settle(&self.parts.clock) {
                     Settled::Wait => Err(Phase::Returned(job, rax)),
                     Settled::Measured | Settled::Late => Ok(self.give(&call, job, rax, vcpu)),
