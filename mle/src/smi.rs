@@ -299,7 +299,9 @@ impl SmiGate {
         clock: &TscClock,
         raise: impl FnOnce(),
     ) -> Answer {
-        let pending = self.core.as_ref().map_or(Ok(None), |core| core.pending(mem, &self.runtime));
+        let mut name = communicate::Name::default();
+        let core = self.core.as_ref();
+        let pending = core.map_or(Ok(None), |core| core.pending(mem, &self.runtime, &mut name));
         let since = exposure::now_us(clock);
         let mut record =
             Record { service: service as u8, smi_command: command, ..Record::new(Kind::SMI, cpu, since) };
@@ -337,7 +339,8 @@ impl SmiGate {
     /// carry it out unjudged. To be called before an SMI of another cause, and when a call ends.
     pub fn withdraw_unasked(&self, mem: &Identity, service: Service, cpu: u32, clock: &TscClock) {
         let Some(core) = &self.core else { return };
-        let pending = core.pending(mem, &self.runtime);
+        let mut name = communicate::Name::default();
+        let pending = core.pending(mem, &self.runtime, &mut name);
         if pending == Ok(None) {
             return;
         }

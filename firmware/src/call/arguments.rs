@@ -59,7 +59,7 @@ pub(super) fn copy_name(
         copy_in(mem, from, name.get_mut(len..end).unwrap_or_default())?;
         len = end;
         if let Some(used) = terminated(name.get(..len).unwrap_or_default()) {
-            name.iter_mut().skip(used).for_each(|b| *b = 0);
+            name.get_mut(used..).unwrap_or_default().fill(0);
             return Ok(used);
         }
     }
@@ -135,7 +135,7 @@ pub(super) fn get_variable(
     }
     buffer.slots.size = size as u64;
     // Firmware that claims to have written what it has not gives the guest zeros.
-    buffer.data.iter_mut().take(size).for_each(|b| *b = 0);
+    buffer.data.get_mut(..size).unwrap_or_default().fill(0);
     Ok(Decoded::Run(results))
 }
 

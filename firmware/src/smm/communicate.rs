@@ -204,11 +204,11 @@ impl fmt::Display for Name {
 
 /// The variable that a call is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Variable {
+pub struct Variable<'a> {
     /// Its vendor.
     pub guid: Guid,
     /// Its name.
-    pub name: Name,
+    pub name: &'a Name,
     /// Bytes of content, or of room for it; only GetVariable and SetVariable have one.
     pub data_size: u64,
     /// Attributes to set; only with SetVariable.
@@ -217,20 +217,20 @@ pub struct Variable {
 
 /// A request to the variable handler.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VariableCall {
+pub struct VariableCall<'a> {
     /// What is to be done.
     pub function: VariableFunction,
     /// With which variable; some functions have none.
-    pub variable: Option<Variable>,
+    pub variable: Option<Variable<'a>>,
 }
 
-impl VariableCall {
+impl VariableCall<'_> {
     /// Whether this is what firmware asks of SMM to carry out the guest's call of `service`, on the variable with
     /// this vendor and name (UTF-16 bytes; what follows a zero character does not count). Other requests may be
     /// sound (EDK2 keeps the time zone of SetTime in a variable), yet they are firmware's own idea.
     pub fn answers(&self, service: Service, guid: &[u8; 16], name: &[u8]) -> bool {
         use VariableFunction as F;
-        let same = |v: &Variable| {
+        let same = |v: &Variable<'_>| {
             let name = name.as_chunks::<2>().0.iter().map(|c| u16::from_le_bytes(*c));
             v.guid.to_bytes() == *guid && v.name.units().eq(name.take_while(|unit| *unit != 0))
         };
@@ -247,7 +247,7 @@ impl VariableCall {
 
 /// What a pending communicate buffer asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct Request<'a> {
     /// The buffer.
     pub buffer: PhysRange,
     /// The SMM handler it is for.
@@ -255,10 +255,10 @@ pub struct Request {
     /// Bytes that the handler is given.
     pub length: u64,
     /// The call, when it is for [`VARIABLE_HANDLER`].
-    pub call: Option<VariableCall>,
+    pub call: Option<VariableCall<'a>>,
 }
 
-impl fmt::Display for Request {
+impl fmt::Display for Request<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(call) = &self.call else {
             return match handler_name(&self.handler) {
@@ -404,8 +404,13 @@ impl CorePrivate {
     }
 
     /// What SMM would be asked if an SMI came now; `None` when nothing is pending. `runtime_data` is where a
-    /// buffer may lie. Each byte is read once.
-    pub fn pending(&self, mem: &impl PhysMem, runtime_data: &[PhysRange]) -> Result<Option<Request>> {
+    /// buffer may lie. Each byte is read once; `name` gets the variable's name, which is too long to be moved about.
+    pub fn pending<'a>(
+        &self,
+        mem: &impl PhysMem,
+        runtime_data: &[PhysRange],
+        name: &'a mut Name,
+    ) -> Result<Option<Request<'a>>> {
         let private: PrivateData = read(mem, self.at, "private data")?;
         let (at, size) = (private.buffer.get(), private.buffer_size.get());
         if at == 0 {
@@ -417,7 +422,7 @@ impl CorePrivate {
         let buffer = PhysRange::new(at, size)
             .filter(|b| runtime_data.iter().any(|r| r.contains(b)) && own.is_some_and(|own| !own.overlaps(b)))
             .ok_or(CommunicateError::Misplaced { at, size })?;
-        decode(mem, buffer).map(Some)
+        decode(mem, buffer, name).map(Some)
     }
 
     /// Answers a request in SMM's place with EFI_ACCESS_DENIED: no later SMI, of whatever source, will carry it
@@ -436,7 +441,7 @@ fn at_most(field: &'static str, value: u64, limit: u64) -> Result<()> {
     if value <= limit { Ok(()) } else { Err(CommunicateError::Field { field, value, limit }) }
 }
 
-fn decode(mem: &impl PhysMem, buffer: PhysRange) -> Result<Request> {
+fn decode<'a>(mem: &impl PhysMem, buffer: PhysRange, name: &'a mut Name) -> Result<Request<'a>> {
     let mut message = Message { at: buffer.start(), left: buffer.len() };
     let header: Header = message.take(mem, "message header")?;
     let mut handler = Guid::from_bytes(header.handler);
@@ -452,7 +457,7 @@ fn decode(mem: &impl PhysMem, buffer: PhysRange) -> Result<Request> {
         at_most("message length", header.length.get(), message.left)?;
     }
     let length = message.left;
-    let call = if handler == VARIABLE_HANDLER { Some(variable_call(mem, message)?) } else { None };
+    let call = if handler == VARIABLE_HANDLER { Some(variable_call(mem, message, name)?) } else { None };
     Ok(Request { buffer, handler, length, call })
 }
 
@@ -476,21 +481,26 @@ impl Message {
         read(mem, at, what)
     }
 
-    /// A name that ends within `size` bytes.
-    fn name(&mut self, mem: &impl PhysMem, size: u64) -> Result<Name> {
+    /// Gives `to` a name that ends within `size` bytes.
+    fn name<'a>(&mut self, mem: &impl PhysMem, size: u64, to: &'a mut Name) -> Result<&'a Name> {
         at_most("name size", size, NAME_MAX as u64)?;
         let at = self.at;
         self.skip(size)?;
-        let mut name = Vec::new();
+        let name = &mut to.0;
+        name.clear();
         let _ = name.resize(usize::try_from(size).unwrap_or(0), 0u8); // at most its capacity, tested above
-        read_into(mem, at, &mut name, "variable name")?;
+        read_into(mem, at, name, "variable name")?;
         let units = name.chunks_exact(2).position(|c| c == [0, 0]).ok_or(CommunicateError::Name)?;
         name.truncate(units.saturating_mul(2));
-        Ok(Name(name))
+        Ok(to)
     }
 }
 
-fn variable_call(mem: &impl PhysMem, mut message: Message) -> Result<VariableCall> {
+fn variable_call<'a>(
+    mem: &impl PhysMem,
+    mut message: Message,
+    name: &'a mut Name,
+) -> Result<VariableCall<'a>> {
     use VariableFunction as F;
     let header: VariableHeader = message.take(mem, "variable message")?;
     let number = header.function.get();
@@ -502,7 +512,7 @@ fn variable_call(mem: &impl PhysMem, mut message: Message) -> Result<VariableCal
     let variable = match function {
         F::GetVariable | F::SetVariable => {
             let access: Access = message.take(mem, "variable message")?;
-            let name = message.name(mem, access.name_size.get())?;
+            let name = message.name(mem, access.name_size.get(), name)?;
             let data_size = access.data_size.get();
             at_most("variable data size", data_size, message.left)?;
             let attributes = if function == F::SetVariable { access.attributes.get() } else { 0 };
@@ -513,7 +523,7 @@ fn variable_call(mem: &impl PhysMem, mut message: Message) -> Result<VariableCal
             if matches!(function, F::PropertySet | F::PropertyGet) {
                 message.skip(PROPERTY_LEN)?;
             }
-            let name = message.name(mem, named.name_size.get())?;
+            let name = message.name(mem, named.name_size.get(), name)?;
             Some(Variable { guid: Guid::from_bytes(named.guid), name, data_size: 0, attributes: 0 })
         }
         _ => None,
@@ -585,7 +595,7 @@ pub enum Decision {
 
 /// Decides about a software SMI of the sandbox: `command` is the byte for the SMI command port, `pending` what
 /// [`CorePrivate::pending`] gave (`Ok(None)` on a firmware without that structure).
-pub fn judge(policy: &SmmPolicy, command: u8, pending: &Result<Option<Request>>) -> Decision {
+pub fn judge(policy: &SmmPolicy, command: u8, pending: &Result<Option<Request<'_>>>) -> Decision {
     let Handlers::Only(listed) = &policy.handlers else { return Decision::Allow };
     match pending {
         Err(error) => Decision::Refuse(Refusal::Malformed(*error)),

@@ -1,5 +1,7 @@
 //! The guest's memory by virtual address: its own page tables, read as the CPU reads them.
 
+use core::cell::Cell;
+
 use firmware::call::GuestMem;
 use firmware::capsule::GuestRam;
 use hv::addr::{PAGE_SIZE, PhysRange};
@@ -20,19 +22,46 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// The memory of a guest that runs in 64-bit mode. Reaches what the guest itself reaches as RAM, and no more:
 /// table and data addresses are checked against the address space.
 pub struct GuestView<'a, M> {
-    /// Registers that translation depends on.
-    pub control: Control,
-    /// Who may reach what.
-    pub space: &'a AddressSpace,
-    /// Physical memory.
-    pub mem: &'a M,
+    control: Control,
+    space: &'a AddressSpace,
+    mem: &'a M,
+    last: Cell<Option<Translated>>,
 }
 
-impl<M: PhysMem> GuestView<'_, M> {
+/// A page's translation, as a CPU's TLB keeps it: arguments lie side by side.
+#[derive(Clone, Copy)]
+struct Translated {
+    page: u64,
+    to: u64,
+    write: bool,
+}
+
+impl<'a, M: PhysMem> GuestView<'a, M> {
+    /// The memory that `space` gives to the guest whose registers, as far as translation depends on them, are `control`.
+    pub fn new(control: Control, space: &'a AddressSpace, mem: &'a M) -> Self {
+        Self { control, space, mem, last: Cell::new(None) }
+    }
+
     /// The physical address of `va`, for a read or a write by the guest's kernel; `None` for what would fault.
+    fn translate(&self, va: u64, write: bool) -> Option<u64> {
+        const OFFSET: u64 = PAGE_SIZE - 1;
+        let page = va & !OFFSET;
+        let known = self.last.get().filter(|last| last.page == page && (last.write || !write));
+        let to = match known {
+            Some(last) => last.to,
+            None => {
+                let to = self.walk(page, write)?;
+                self.last.set(Some(Translated { page, to, write }));
+                to
+            }
+        };
+        Some(to | va & OFFSET)
+    }
+
+    /// The same by the guest's tables.
     ///
     /// Spec: \[APM2\] "Long-Mode Page Translation".
-    fn translate(&self, va: u64, write: bool) -> Option<u64> {
+    fn walk(&self, va: u64, write: bool) -> Option<u64> {
         let c = &self.control;
         if c.cr0 & CR0_PG == 0 || c.cr4 & CR4_PAE == 0 || c.efer & EFER_LMA == 0 {
             return None;
@@ -143,7 +172,7 @@ mod tests {
 
     fn view<'a>(ram: &'a Ram, space: &'a AddressSpace) -> GuestView<'a, Ram> {
         let control = Control { cr0: 0x8000_0031, cr3: 0x1000, cr4: 0x20, efer: 0x500 };
-        GuestView { control, space, mem: ram }
+        GuestView::new(control, space, ram)
     }
 
     #[test]
@@ -164,6 +193,18 @@ mod tests {
         assert!(!v.read(0x40_3000, &mut [0]) && !v.read(1 << 50, &mut [0]));
         assert!(v.read(0x60_1000, &mut [0]), "a large page");
         assert!(!v.read(u64::MAX, &mut [0; 2]));
+    }
+
+    #[test]
+    fn a_page_that_was_read_is_not_written_for_that() {
+        let (ram, space) = bench();
+        let v = view(&ram, &space);
+        assert!(v.read(0x40_1000, &mut [0]) && !v.write(0x40_1000, &[0]));
+        assert!(v.write(0x40_0008, &[7]) && v.read(0x40_0000, &mut [0; 9]));
+        assert_eq!(
+            (v.translate(0x40_0ff0, true), v.translate(0x40_1ff0, false)),
+            (Some(0x1_0ff0), Some(0x1_1ff0))
+        );
     }
 
     #[test]

@@ -383,7 +383,7 @@ impl Services {
             rax = self.overlaid(pending, Some(rax)).unwrap_or(rax);
         }
         let parts = &mut self.parts;
-        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
         let strange = |anomaly: &dyn fmt::Display| {
             warn!("{anomaly} from {:?}", call.service);
             Some(Text::new(anomaly))
@@ -504,7 +504,7 @@ impl Services {
         let g = vcpu.gprs();
         let [r8, r9, ..] = g.r8_to_15;
         let args = Args { rcx: g.rcx, rdx: g.rdx, r8, r9, rsp: g.rsp };
-        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
         let log = parts.log.get(..parts.log_used).unwrap_or_default();
         let (status, sandbox, relaunched) = (&parts.status, &parts.state, parts.relaunched);
         let own = Own { log, status, sandbox, relaunched };
@@ -520,7 +520,7 @@ impl Services {
         };
         let call = Call { variable, place, ..self.new_call(service, apic_id) };
         let parts = &mut self.parts;
-        let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
         let phase = match begun {
             // The MLE's own answers are no exposure.
             Begin::Done(Answer { status, decision: Decision::OWN }) => {
@@ -579,7 +579,7 @@ impl Services {
             Begin::Run(pending) => match self.overlaid(&pending, None) {
                 Some(rax) => {
                     let parts = &mut self.parts;
-                    let view = GuestView { control: vcpu.control(), space: &parts.space, mem: &parts.mem };
+                    let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
                     // Firmware had no part in it: no exposure.
                     finish(vcpu, parts.gate.end(pending, rax, &view, parts.buffer).status);
                     return None;

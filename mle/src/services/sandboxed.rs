@@ -130,7 +130,7 @@ impl Services {
             let at_return =
                 matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
             let answered = match exit {
-                Exit::Memory { gpa, access, .. } => {
+                Exit::Memory { gpa, access, .. } if !at_return => {
                     let by = (call.owner, call.service);
                     parts.watch.lock().fault(gpa, access, &parts.mem, by, &parts.clock)
                 }

@@ -68,13 +68,18 @@ impl Firmware {
         self.put(PRIVATE + 64, &size.to_le_bytes());
     }
 
-    fn pending(&self) -> Result<Option<Request>> {
-        CorePrivate { at: PRIVATE }.pending(&self.0, &[data()])
+    fn pending(&self) -> Result<Option<Request<'static>>> {
+        CorePrivate { at: PRIVATE }.pending(&self.0, &[data()], room())
     }
 
     fn error(&self) -> String {
         self.pending().unwrap_err().to_string()
     }
+}
+
+/// Room for a name.
+fn room() -> &'static mut Name {
+    Box::leak(Box::default())
 }
 
 /// The variable handler's GUID as it lies in memory.
@@ -175,7 +180,7 @@ fn a_real_firmwares_structure_and_call_are_understood() {
     assert!(ram.write(0x1e6d_6140, &structure));
     let region = PhysRange::new(0x1e6d_6000, 0x1000).unwrap();
     let private = find_core_private(&ram, &[region]).unwrap().unwrap();
-    assert_eq!((private.address(), private.pending(&ram, &[region])), (0x1e6d_6140, Ok(None)));
+    assert_eq!((private.address(), private.pending(&ram, &[region], room())), (0x1e6d_6140, Ok(None)));
     let payload = [
         &words(&[1, 0])[..],
         &GLOBAL_BYTES,
@@ -188,7 +193,7 @@ fn a_real_firmwares_structure_and_call_are_understood() {
     assert_eq!((call.len(), call[16]), (0x69, 0x51));
     assert!(ram.write(0x1e6d_6800, &call));
     assert!(ram.write(0x1e6d_6140 + 56, &0x1e6d_6800u64.to_le_bytes()));
-    let request = private.pending(&ram, &[region]).unwrap().unwrap();
+    let request = private.pending(&ram, &[region], room()).unwrap().unwrap();
     assert_eq!(request.to_string(), "SMM GetVariable PlatformLang-8be4df61-93ca-11d2-aa0d-00e098032b8c");
 }
 
@@ -291,9 +296,12 @@ fn buffers_elsewhere_than_in_runtime_data_are_refused() {
     let own = CorePrivate { at: PRIVATE };
     firmware.announce(PRIVATE + 96, 64);
     let everything = PhysRange::new(CODE, 0x1_8000).unwrap();
-    assert!(matches!(own.pending(&firmware.0, &[everything]), Err(CommunicateError::Misplaced { .. })));
+    assert!(matches!(
+        own.pending(&firmware.0, &[everything], room()),
+        Err(CommunicateError::Misplaced { .. })
+    ));
     firmware.announce(PRIVATE + 104, 64);
-    assert!(own.pending(&firmware.0, &[everything]).is_ok());
+    assert!(own.pending(&firmware.0, &[everything], room()).is_ok());
     firmware.announce(BUFFER, 23);
     assert_eq!(firmware.error(), "SMM communication: buffer size 0x17, at least 0x18");
     firmware.announce(BUFFER, 0x10_0001);
