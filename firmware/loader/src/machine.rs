@@ -77,7 +77,8 @@ impl fmt::Display for Refusal {
             Self::Ivrs(error) => write!(f, "IOMMU: {error}"),
             Self::NoIommu => write!(f, "IOMMU: the IVRS names none"),
             Self::Segment(segment) => {
-                write!(f, "IOMMU: the IVRS names one on PCI segment {segment}, limit 0")
+                write!(f, "IOMMU: the IVRS names one on PCI segment {segment}, limit 0; ")?;
+                write!(f, "have the firmware's set-up use a single segment")
             }
             Self::NoTpm(value) => {
                 write!(f, "TPM: none at {:#x} (first register reads {value:#x})", tpm::BASE)
@@ -277,6 +278,8 @@ mod tests {
         let segment = second.len() - 8;
         second[segment] = 3;
         assert_eq!(check(&[table(b"IVRS", &second)], &tis, true), Err(Refusal::Segment(3)));
+        let said = Refusal::Segment(3).to_string();
+        assert!(said.contains("segment 3, limit 0") && said.contains("a single segment"), "{said}");
         assert!(matches!(check(&[table(b"IVRS", &[7; 40])], &tis, true), Err(Refusal::Ivrs(_))));
         assert_eq!(check(&[iommu], &tis, false), Err(Refusal::NotTpm2(acpi::Error::Missing(*b"TPM2"))));
         assert_eq!(check(&both, &FakeTpm::absent(), true), Err(Refusal::NoTpm(u32::MAX)));
