@@ -251,7 +251,9 @@ pub fn details(record: &Record) -> Vec<String> {
     if let Some(variable) = &record.variable {
         let kept = variable.name.as_bytes();
         let cut = if usize::from(variable.name.full_length()) > kept.len() { "…" } else { "" };
-        details.push(format!("{}{cut}-{}", printable(kept), variable.guid));
+        // Of a handler there is the GUID alone.
+        let dash = if kept.is_empty() { "" } else { "-" };
+        details.push(format!("{}{cut}{dash}{}", printable(kept), variable.guid));
     }
     if let Some(d) = &record.denied {
         for (count, what, last) in [

@@ -20,10 +20,10 @@ pub const MAX_TABLES: usize = 128;
 /// Longest table accepted, in bytes.
 pub const TABLE_MAX: u32 = 8 << 20;
 
-/// Bytes that [`write_filtered`] may need.
+/// Bytes that [`write_filtered`] may need, with two tables added.
 pub const FILTERED_MAX: usize = XSDT_AT
     .saturating_add(size_of::<TableHeader>())
-    .saturating_add(MAX_TABLES.saturating_add(1).saturating_mul(size_of::<U64>()));
+    .saturating_add(MAX_TABLES.saturating_add(2).saturating_mul(size_of::<U64>()));
 /// The XSDT's place behind the RSDP.
 const XSDT_AT: usize = 64;
 
@@ -156,7 +156,7 @@ impl Tables {
         if self.list.contains(&table) {
             return Ok(());
         }
-        self.list.push(table).map_err(|_| too_many(MAX_TABLES.saturating_add(1)))
+        self.list.push(table).map_err(|_| too_many(MAX_TABLES.saturating_add(2)))
     }
 
     fn push_dsdt(&mut self, mem: &impl PhysMem, fadt: &Table) -> Result<(), TablesError> {
@@ -182,11 +182,11 @@ impl Tables {
     }
 
     /// Writes to `out`, which will lie at `at`, an RSDP and a root table that name all tables but those
-    /// with a signature in `hidden`, and the one at `added`; gives the bytes used. The guest's RSDP is at `at`.
+    /// with a signature in `hidden`, and then those at `added`; gives the bytes used. The guest's RSDP is at `at`.
     pub fn write_filtered(
         &self,
         hidden: &[[u8; 4]],
-        added: Option<u64>,
+        added: impl Iterator<Item = u64> + Clone,
         at: u64,
         out: &mut [u8],
     ) -> Result<usize, TablesError> {
@@ -382,14 +382,15 @@ pub(crate) mod tests {
             let ram = machine(xsdt);
             let tables = Tables::read(&ram, RSDP_AT).unwrap();
             let mut out = [0xee; FILTERED_MAX];
-            let used = tables.write_filtered(&[*b"IVRS", *b"DMAR"], Some(0x3000), 0x3800, &mut out).unwrap();
+            let used =
+                tables.write_filtered(&[*b"IVRS", *b"DMAR"], [0x3000].into_iter(), 0x3800, &mut out).unwrap();
             assert!(ram.write(0x3800, &out[..used]));
             assert!(ram.write(0x3000, &table(b"DMAR", &[4; 64])));
             let shown = Tables::read(&ram, 0x3800).unwrap();
             assert_eq!(names(&shown), ["XSDT", "FACP", "DSDT", "MCFG", "DMAR"]);
             let sum = |b: &[u8]| b.iter().fold(0u8, |s, b| s.wrapping_add(*b));
             assert_eq!((sum(&out[..20]), sum(&out[..36]), sum(&out[XSDT_AT..used])), (0, 0, 0));
-            assert!(tables.write_filtered(&[], Some(0), 0, &mut out[..used]).is_err());
+            assert!(tables.write_filtered(&[], [0].into_iter(), 0, &mut out[..used]).is_err());
         }
     }
 
@@ -463,7 +464,7 @@ pub(crate) mod tests {
             if let Ok(tables) = Tables::read(&ram, RSDP_AT) {
                 let _ = (pm_timer(&ram, &tables), smi_command(&ram, &tables));
                 let mut out = [0; FILTERED_MAX];
-                prop_assert!(tables.write_filtered(&[*b"IVRS"], Some(0), 0, &mut out).is_ok());
+                prop_assert!(tables.write_filtered(&[*b"IVRS"], [0].into_iter(), 0, &mut out).is_ok());
             }
         }
     }

@@ -21,7 +21,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::call::{Args, FirmwareCall, GuestMem};
-use crate::service::Service;
+use crate::service::{Service, Target};
 
 /// Most capsules in a call.
 pub const CAPSULES_MAX: usize = 16;
@@ -373,7 +373,7 @@ pub fn stage_update(
     });
     Ok(StagedCall {
         call: FirmwareCall {
-            service: Service::UpdateCapsule,
+            target: Target::Service(Service::UpdateCapsule),
             rcx: staging.at(0),
             rdx: args.rdx,
             r8: list,
@@ -406,7 +406,7 @@ pub fn stage_query(
     staging.write(results, &[0; 16])?;
     Ok(StagedQuery {
         call: FirmwareCall {
-            service: Service::QueryCapsuleCapabilities,
+            target: Target::Service(Service::QueryCapsuleCapabilities),
             rcx: staging.at(0),
             rdx: args.rdx,
             r8: results,

@@ -11,6 +11,7 @@ use log::LevelFilter;
 use uefi_raw::Guid;
 
 use crate::policy::{PATTERN_MAX, Policies, Policy, RULES_MAX, Rule};
+use crate::prm::{HANDLERS_MAX, Length, PARAMETERS_MAX};
 use crate::service::{COUNT, Service};
 use crate::smm::communicate::{Handlers, LISTED_MAX, SmmPolicy};
 
@@ -42,6 +43,9 @@ pub const UNLOCK_PCR_DEFAULT: u32 = 22;
 pub const RELAUNCH_PCR: RangeInclusive<u32> = 8..=15;
 /// The one when the file names none.
 pub const RELAUNCH_PCR_DEFAULT: u32 = 8;
+
+/// Accepted values of `prm.parameters.<GUID>`.
+pub const PARAMETERS: RangeInclusive<u32> = 1..=PARAMETERS_MAX as u32;
 
 /// Accepted values of `capsule.room-mib`.
 pub const CAPSULE_MIB: RangeInclusive<u32> = 1..=256;
@@ -131,6 +135,8 @@ pub struct Config {
     pub relaunch_pcr: u32,
     /// `capsule.room-mib`: MiB of RAM kept from the guest to stage capsules in, while a service takes any.
     pub capsule_mib: u32,
+    /// `prm.parameters.<GUID>`: how many bytes of parameters handlers take from drivers.
+    pub handlers: Vec<Length, HANDLERS_MAX>,
 }
 
 impl Default for Config {
@@ -144,6 +150,7 @@ impl Default for Config {
             unlock_pcr: UNLOCK_PCR_DEFAULT,
             relaunch_pcr: RELAUNCH_PCR_DEFAULT,
             capsule_mib: CAPSULE_MIB_DEFAULT,
+            handlers: Vec::new(),
         }
     }
 }
@@ -202,6 +209,11 @@ pub enum ConfigErrorKind<'a> {
         /// The key.
         key: &'a str,
     },
+    /// No handler's GUID.
+    BadHandler {
+        /// The key.
+        key: &'a str,
+    },
     /// No vendor and pattern of variables.
     BadPattern {
         /// The key.
@@ -250,6 +262,7 @@ impl fmt::Display for ConfigError<'_> {
             Kind::BadFunction { key } => {
                 write!(f, "\"{key}\": expected bus:device.function, in hexadecimal, as 00:1f.5")
             }
+            Kind::BadHandler { key } => write!(f, "\"{key}\": expected a handler's GUID"),
             Kind::BadPattern { key } => {
                 write!(
                     f,
@@ -352,13 +365,22 @@ impl Config {
                     line.one_of(&[("allow", ())], "allow")?;
                     return sandbox.pci.push(function).map_err(|_| Kind::TooMany { key, limit: PCI_MAX });
                 }
+                if let Some(guid) = key.strip_prefix("prm.parameters.") {
+                    let handler = Guid::try_parse(guid).map_err(|_| Kind::BadHandler { key })?;
+                    let bytes = line.number("a number of bytes", PARAMETERS)? as u16;
+                    if self.handlers.iter().any(|length| length.handler == handler) {
+                        return Err(Kind::Twice(key));
+                    }
+                    let room = Kind::TooMany { key, limit: HANDLERS_MAX };
+                    return self.handlers.push(Length { handler, bytes }).map_err(|_| room);
+                }
                 return Err(Kind::UnknownKey(key));
             }
         }
         Ok(())
     }
 
-    /// `service.<Name>`, or `service.<Name>.<vendor>:<pattern>` for variables.
+    /// `service.<Name>`, or `service.<Name>.<vendor>:<pattern>` for variables; `service.PrmHandler.<GUID>` for handlers.
     fn service<'a>(
         &mut self,
         line: Line<'a>,
@@ -377,13 +399,19 @@ impl Config {
             self.policies.set(service, policy);
             return Ok(());
         };
-        if !matches!(service, Service::GetVariable | Service::SetVariable) {
-            return Err(Kind::UnknownKey(key));
-        }
-        let (vendor, pattern) = variables.split_once(':').ok_or(Kind::BadPattern { key })?;
-        let guid = match vendor {
-            "*" => None,
-            text => Some(Guid::try_parse(text).map_err(|_| Kind::BadPattern { key })?),
+        let (guid, pattern) = match service {
+            Service::PrmHandler => {
+                (Some(Guid::try_parse(variables).map_err(|_| Kind::BadHandler { key })?), "*")
+            }
+            service if service.has_guid() => {
+                let (vendor, pattern) = variables.split_once(':').ok_or(Kind::BadPattern { key })?;
+                let guid = match vendor {
+                    "*" => None,
+                    text => Some(Guid::try_parse(text).map_err(|_| Kind::BadPattern { key })?),
+                };
+                (guid, pattern)
+            }
+            _ => return Err(Kind::UnknownKey(key)),
         };
         let pattern = pattern.try_into().ok().filter(|_| !pattern.is_empty());
         let pattern = pattern.ok_or(Kind::BadPattern { key })?;
@@ -459,7 +487,7 @@ impl<'a> Line<'a> {
             Service::SetVariable => "sandbox, locked, deferred, native, relaunch or deny",
             Service::SetVirtualAddressMap => "sandbox or deny",
             Service::ResetSystem => "sandbox, locked or deny",
-            _ if service.takes_capsules() => "sandbox, locked, native or deny",
+            _ if service.is_staged() => "sandbox, locked, native or deny",
             _ if service.supported() => "sandbox, locked, native, relaunch or deny",
             _ => "deny",
         };
@@ -469,7 +497,7 @@ impl<'a> Line<'a> {
             "locked" if service.supported() && service != Service::SetVirtualAddressMap => Ok(Policy::Locked),
             "deferred" if service == Service::SetVariable => Ok(Policy::Deferred),
             "native" if service.runs_firmware() => Ok(Policy::Native),
-            "relaunch" if service.runs_firmware() && !service.takes_capsules() => Ok(Policy::Relaunch),
+            "relaunch" if service.runs_firmware() && !service.is_staged() => Ok(Policy::Relaunch),
             "sandbox" | "locked" | "deferred" | "native" | "relaunch" => {
                 Err(ConfigErrorKind::NotSupportedYet { key, value, expected })
             }
@@ -564,7 +592,7 @@ mod tests {
         for service in Service::ALL {
             let file = format!("service.{} = relaunch", service.name());
             let taken = Config::parse(file.as_bytes()).map(|c| c.policies.any(Policy::Relaunch));
-            assert_eq!(taken.is_ok(), service.runs_firmware() && !service.takes_capsules(), "{file}");
+            assert_eq!(taken.is_ok(), service.runs_firmware() && !service.is_staged(), "{file}");
             assert!(taken.unwrap_or(true));
         }
         assert_eq!(Config::parse(b"relaunch.pcr = 15").unwrap().relaunch_pcr, 15);

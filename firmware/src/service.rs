@@ -1,6 +1,10 @@
-//! The EFI runtime services, by their place in the runtime services table.
+//! What of firmware the guest calls: the EFI runtime services, by their place in the runtime services table, and handlers of the
+//! Platform Runtime Mechanism.
 
-/// A runtime service. The number is its place in the runtime services table and in the thunk page.
+use crate::prm::HANDLERS_MAX;
+
+/// A runtime service. The number is its place in the runtime services table and in the thunk page. The handlers of the Platform
+/// Runtime Mechanism are one more: one policy and one row in the log, told apart by their GUIDs as variables are.
 ///
 /// Spec: \[UEFI\] "EFI Runtime Services Table".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,17 +38,21 @@ pub enum Service {
     QueryCapsuleCapabilities = 12,
     /// QueryVariableInfo.
     QueryVariableInfo = 13,
+    /// A handler that the PRMT names; see [`crate::prm`]. Not in the runtime services table.
+    PrmHandler = 14,
 }
 
-/// EAX of a hypercall from the thunk page is this plus the service's index: a stray VMMCALL of guest
+/// EAX of a hypercall from the thunk page is this plus the thunk's index: a stray VMMCALL of guest
 /// software written for another hypervisor is not taken for a firmware call.
 pub const HYPERCALL_BASE: u32 = 0x4352_0000;
 
 /// How many services there are.
-pub const COUNT: usize = 14;
+pub const COUNT: usize = 15;
+/// How many of them are in the runtime services table.
+pub const TABLE_COUNT: usize = 14;
 
 impl Service {
-    /// All of them, in table order.
+    /// All of them, those of the table first and in its order.
     pub const ALL: [Self; COUNT] = [
         Self::GetTime,
         Self::SetTime,
@@ -60,22 +68,17 @@ impl Service {
         Self::UpdateCapsule,
         Self::QueryCapsuleCapabilities,
         Self::QueryVariableInfo,
+        Self::PrmHandler,
     ];
+    /// Those of the runtime services table, in its order.
+    pub const TABLE: [Self; TABLE_COUNT] = match Self::ALL.first_chunk() {
+        Some(table) => *table,
+        None => unreachable!(),
+    };
 
-    /// Place in the runtime services table.
+    /// Place in the runtime services table, and in what is kept by service.
     pub const fn index(self) -> usize {
         self as usize
-    }
-
-    /// EAX of the service's thunk.
-    pub const fn hypercall(self) -> u32 {
-        HYPERCALL_BASE | self as u32
-    }
-
-    /// The service whose thunk sets EAX to `eax`; `None` for any other hypercall.
-    pub fn from_hypercall(eax: u32) -> Option<Self> {
-        let index = eax.checked_sub(HYPERCALL_BASE)?;
-        Self::ALL.get(usize::try_from(index).ok()?).copied()
     }
 
     /// The name in the specification and, after `service.`, in the configuration.
@@ -95,11 +98,12 @@ impl Service {
             Self::UpdateCapsule => "UpdateCapsule",
             Self::QueryCapsuleCapabilities => "QueryCapsuleCapabilities",
             Self::QueryVariableInfo => "QueryVariableInfo",
+            Self::PrmHandler => "PrmHandler",
         }
     }
 
     /// The service's bit in EFI_RT_PROPERTIES_TABLE: an order of its own, variables before
-    /// SetVirtualAddressMap.
+    /// SetVirtualAddressMap. None for what is not in the runtime services table.
     ///
     /// Spec: \[UEFI\] "EFI_RT_PROPERTIES_TABLE", `EFI_RT_SUPPORTED_`.
     pub const fn rt_properties_bit(self) -> u32 {
@@ -118,6 +122,7 @@ impl Service {
             Self::UpdateCapsule => 0x800,
             Self::QueryCapsuleCapabilities => 0x1000,
             Self::QueryVariableInfo => 0x2000,
+            Self::PrmHandler => 0,
         }
     }
 
@@ -135,6 +140,63 @@ impl Service {
     /// Whether this is one of those that take capsules.
     pub const fn takes_capsules(self) -> bool {
         matches!(self, Self::UpdateCapsule | Self::QueryCapsuleCapabilities)
+    }
+
+    /// Whether its arguments are staged in ways of their own, that calls between two launches do not know.
+    pub const fn is_staged(self) -> bool {
+        self.takes_capsules() || matches!(self, Self::PrmHandler)
+    }
+
+    /// Whether policies may tell its calls apart by a GUID: of variables with their names, or of handlers.
+    pub const fn has_guid(self) -> bool {
+        matches!(self, Self::GetVariable | Self::SetVariable | Self::PrmHandler)
+    }
+}
+
+/// Where a thunk of the guest's leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A service of the runtime services table.
+    Service(Service),
+    /// A handler of the PRMT, by its place there.
+    Handler(u8),
+}
+
+/// How many thunks there are.
+pub const TARGETS: usize = TABLE_COUNT.saturating_add(HANDLERS_MAX);
+
+impl Target {
+    /// All of them, in the thunk page's order.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let handlers = (0..HANDLERS_MAX).map(|n| Self::Handler(n as u8));
+        Service::TABLE.into_iter().map(Self::Service).chain(handlers)
+    }
+
+    /// The service whose policy it is under.
+    pub const fn service(self) -> Service {
+        match self {
+            Self::Service(service) => service,
+            Self::Handler(_) => Service::PrmHandler,
+        }
+    }
+
+    /// Place in the thunk page.
+    pub const fn index(self) -> usize {
+        match self {
+            Self::Service(service) => service.index(),
+            Self::Handler(n) => TABLE_COUNT.saturating_add(n as usize),
+        }
+    }
+
+    /// EAX of the thunk.
+    pub const fn hypercall(self) -> u32 {
+        HYPERCALL_BASE | self.index() as u32
+    }
+
+    /// The one whose thunk sets EAX to `eax`; `None` for any other hypercall.
+    pub fn from_hypercall(eax: u32) -> Option<Self> {
+        let index = eax.checked_sub(HYPERCALL_BASE)?;
+        Self::all().nth(usize::try_from(index).ok()?)
     }
 }
 
@@ -164,9 +226,10 @@ mod tests {
             (Service::QueryVariableInfo, offset_of!(Rt, query_variable_info)),
         ];
         for (i, (service, offset)) in expected.into_iter().enumerate() {
-            assert_eq!(Service::ALL[i], service);
+            assert_eq!(Service::TABLE[i], service);
             assert_eq!(service.index(), place(offset), "{}", service.name());
-            assert_eq!(Service::from_hypercall(service.hypercall()), Some(service));
+            let target = Target::Service(service);
+            assert_eq!(Target::from_hypercall(target.hypercall()), Some(target));
         }
     }
 
@@ -177,8 +240,18 @@ mod tests {
 
     #[test]
     fn other_hypercalls_are_nobodys() {
-        for eax in [0, 1, 13, HYPERCALL_BASE - 1, HYPERCALL_BASE + 14, u32::MAX] {
-            assert_eq!(Service::from_hypercall(eax), None);
+        for eax in [0, 1, 13, HYPERCALL_BASE - 1, HYPERCALL_BASE + TARGETS as u32, u32::MAX] {
+            assert_eq!(Target::from_hypercall(eax), None);
+        }
+    }
+
+    #[test]
+    fn handlers_follow_the_services() {
+        assert_eq!(Target::all().count(), TARGETS);
+        for (i, target) in Target::all().enumerate() {
+            assert_eq!(target.index(), i);
+            assert_eq!(Target::from_hypercall(target.hypercall()), Some(target));
+            assert_eq!(target.service() == Service::PrmHandler, i >= TABLE_COUNT);
         }
     }
 }

@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 
 use crate::esrt::{ESRT, ESRT_MAX, Esrt};
 use crate::memmap::{Descriptor, MemoryAttribute, MemoryMap, MemoryType};
-use crate::service::{COUNT, Service};
+use crate::service::{Service, TABLE_COUNT, TARGETS, Target};
 
 /// Configuration table: RSDP of ACPI 2.0 and later.
 pub const ACPI_20: Guid = guid!("8868e871-e4f1-11d3-bc22-0080c73c8881");
@@ -75,7 +75,7 @@ struct SystemTable {
 #[repr(C)]
 struct RuntimeTable {
     header: TableHeader,
-    services: [U64; COUNT],
+    services: [U64; TABLE_COUNT],
 }
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -180,7 +180,7 @@ pub struct FirmwareTables {
     /// The firmware's own version.
     pub firmware_revision: u32,
     vendor: Vec<u16, MAX_VENDOR>,
-    services: [u64; COUNT],
+    services: [u64; TABLE_COUNT],
     config: Vec<(Guid, u64), MAX_CONFIG>,
 }
 
@@ -334,7 +334,7 @@ pub fn guest_tables(input: &GuestInput<'_>) -> [u8; PAGE_SIZE as usize] {
     page.system.header.crc.set(crc32(page.system.as_bytes()));
     page.runtime = RuntimeTable {
         header: header(RUNTIME_SIGNATURE, size_of::<RuntimeTable>()),
-        services: Service::ALL.map(|s| thunk_address(input.thunks, s).into()),
+        services: Service::TABLE.map(|s| thunk_address(input.thunks, Target::Service(s)).into()),
     };
     page.runtime.header.crc.set(crc32(page.runtime.as_bytes()));
     page.rt_properties =
@@ -399,17 +399,19 @@ const THUNK_STRIDE: usize = 16;
 /// From a thunk's start to its hypercall instruction: ENDBR64, then MOV EAX, imm32.
 const THUNK_HYPERCALL_AT: u64 = 9;
 
-/// Address of a service's thunk on the page at `thunks`.
-pub const fn thunk_address(thunks: u64, service: Service) -> u64 {
-    thunks.wrapping_add(service.index().wrapping_mul(THUNK_STRIDE) as u64)
+/// Address of a thunk on the page at `thunks`.
+pub const fn thunk_address(thunks: u64, target: Target) -> u64 {
+    thunks.wrapping_add(target.index().wrapping_mul(THUNK_STRIDE) as u64)
 }
 
-/// The service whose thunk holds a hypercall instruction at page offset `offset`; `None` elsewhere.
-pub fn service_at(offset: u64) -> Option<Service> {
-    Service::ALL.into_iter().find(|s| thunk_address(0, *s).wrapping_add(THUNK_HYPERCALL_AT) == offset)
+const _: () = assert!(TARGETS.saturating_mul(THUNK_STRIDE) <= PAGE_SIZE as usize);
+
+/// The one whose thunk holds a hypercall instruction at page offset `offset`; `None` elsewhere.
+pub fn target_at(offset: u64) -> Option<Target> {
+    Target::all().find(|t| thunk_address(0, *t).wrapping_add(THUNK_HYPERCALL_AT) == offset)
 }
 
-/// The page of thunks: per service, at 16 bytes each, `endbr64; mov eax, number; vmmcall; ret`.
+/// The page of thunks: per service and per handler of the PRMT, at 16 bytes each, `endbr64; mov eax, number; vmmcall; ret`.
 ///
 /// RAX is free in the MS x64 calling convention, all other registers pass through as the caller set
 /// them, and the status comes back in RAX. The rest of the page is INT3.
@@ -419,8 +421,8 @@ pub fn thunk_page(insn: HypercallInsn) -> [u8; PAGE_SIZE as usize] {
         HypercallInsn::Vmmcall => [0x0f, 0x01, 0xd9],
         HypercallInsn::Vmcall => [0x0f, 0x01, 0xc1],
     };
-    for (thunk, service) in page.chunks_exact_mut(THUNK_STRIDE).zip(Service::ALL) {
-        let [a, b, c, d] = service.hypercall().to_le_bytes();
+    for (thunk, target) in page.chunks_exact_mut(THUNK_STRIDE).zip(Target::all()) {
+        let [a, b, c, d] = target.hypercall().to_le_bytes();
         let [x, y, z] = hypercall;
         let code = [0xf3, 0x0f, 0x1e, 0xfa, 0xb8, a, b, c, d, x, y, z, 0xc3];
         for (to, from) in thunk.iter_mut().zip(code) {

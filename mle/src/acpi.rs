@@ -1,8 +1,11 @@
 //! What the MLE itself wants to know from ACPI. The tables are hostile: a lie costs the launch, or the guest its devices.
 
 use firmware::acpi::Tables;
+use firmware::memmap::{MemoryMap, MemoryType};
+use firmware::prm::{self, Prmt};
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
+use log::warn;
 
 /// Most windows of PCI configuration space: one may be the CPU's own.
 pub const MAX_ECAM: usize = 16;
@@ -37,6 +40,25 @@ pub fn count_cpus(mem: &impl PhysMem, tables: &Tables) -> usize {
         rest = rest.get(usize::from(*size).max(2)..).unwrap_or_default();
     }
     count.max(1)
+}
+
+/// The handlers of the Platform Runtime Mechanism. A table that cannot be used is as none, with a warning.
+pub fn prmt(mem: &impl PhysMem, tables: &Tables, map: &MemoryMap) -> Option<Prmt> {
+    // Buffers in regions beyond these are refused.
+    const REGIONS_MAX: usize = 64;
+    tables.find(prm::SIGNATURE)?;
+    let regions = |ty| -> heapless::Vec<PhysRange, REGIONS_MAX> {
+        map.runtime().filter(|r| r.ty == ty).map(|r| r.range).take(REGIONS_MAX).collect()
+    };
+    let (code, data) =
+        (regions(MemoryType::RUNTIME_SERVICES_CODE), regions(MemoryType::RUNTIME_SERVICES_DATA));
+    let mut copy = [0; prm::TABLE_MAX];
+    let table = body(mem, tables, prm::SIGNATURE, 0, &mut copy);
+    if table.is_empty() {
+        warn!("PRMT: longer than {} bytes, or not memory; not passed on", prm::TABLE_MAX);
+        return None;
+    }
+    Prmt::parse(table, &code, &data).inspect_err(|error| warn!("{error}; not passed on")).ok()
 }
 
 /// Bytes of a bus in PCI configuration space in memory.

@@ -81,14 +81,18 @@ const BOOT_STACK: u64 = PAGE_SIZE;
 const FIXED_AREA: u64 = 2 * PAGE_SIZE + BOOT_STACK + BOOT_TABLES + MAP_AREA.next_multiple_of(PAGE_SIZE);
 /// Bytes for the guest's EFI tables and what they point to.
 ///
-/// One page of tables, the RSDP, a DMAR, and both kinds of SMBIOS copies.
-pub const TABLES_AREA: u64 = PAGE_SIZE + ACPI_AREA + DMAR_AREA + 2 * SMBIOS_AREA;
+/// One page of tables, the RSDP, the guest's own ACPI tables, and both kinds of SMBIOS copies.
+pub const TABLES_AREA: u64 = PAGE_SIZE + ACPI_AREA + OWN_AREAS + 2 * SMBIOS_AREA;
 /// Bytes for RSDP and root table.
 const ACPI_AREA: u64 = (acpi::FILTERED_MAX as u64).next_multiple_of(PAGE_SIZE);
-/// Bytes for the table of the unit that the guest may be shown.
-const DMAR_AREA: u64 = PAGE_SIZE;
-/// The IOMMUs are the MLE's: the guest does not learn of them. Nor of handlers that lie in firmware's memory, which it does not have:
-/// older kernels jump to address 0 for one, and give up the runtime services for that.
+/// ACPI tables that the guest may get in place of firmware's: DMAR and PRMT.
+const OWN_TABLES: usize = 2;
+/// Bytes for all of them.
+const OWN_AREAS: u64 = OWN_TABLES as u64 * OWN_AREA;
+/// Bytes for one of them.
+const OWN_AREA: u64 = PAGE_SIZE;
+/// The IOMMUs are the MLE's: the guest does not learn of them. Nor of handlers where they lie in firmware's memory, which it does
+/// not have: older kernels jump to address 0 for one, and give up the runtime services for that.
 const HIDDEN_TABLES: [[u8; 4]; 3] = [*b"IVRS", *b"DMAR", prm::SIGNATURE];
 /// Bytes for one SMBIOS copy.
 pub const SMBIOS_AREA: u64 = (firmware::tables::SMBIOS_COPY_MAX as u64).next_multiple_of(PAGE_SIZE);
@@ -108,6 +112,8 @@ pub struct Layout {
     pub staging: Option<PhysRange>,
     /// What the guest finds in memory as configuration space of guarded PCI functions, a page each.
     pub config_space: Option<PhysRange>,
+    /// What the guest finds in memory as ACPI parameter buffers of PRM handlers, in whole pages.
+    pub parameters: Option<PhysRange>,
     /// The guest's memory.
     pub map: GuestMap,
 }
@@ -137,21 +143,21 @@ pub struct Start {
 /// Chooses places for everything in memory that the firmware's map says is free, clear of what was loaded.
 ///
 /// `sandbox` is how many bytes the sandbox works in, `staging` how many are for capsules, `guarded` how many PCI functions
-/// have a copy of their configuration space.
+/// have a copy of their configuration space, `parameters` how many pages hold ACPI parameter buffers.
 pub fn plan(
     inputs: &Inputs,
     firmware_map: &MemoryMap,
     kernel: &Kernel,
     sandbox: u64,
     staging: Option<u64>,
-    guarded: usize,
+    (guarded, parameters): (usize, usize),
 ) -> Result<Layout, BootError> {
     let reserved: heapless::Vec<_, 8> =
         inputs.of_launch().map(|range| CarveOut { range, usage: Use::Reserved }).collect();
     let free = firmware_map.guest(&reserved)?;
-    let mut taken = heapless::Vec::<PhysRange, 12>::new();
+    let mut taken = heapless::Vec::<PhysRange, 16>::new();
     for range in [inputs.kernel, inputs.initrd, inputs.cmdline, inputs.config, Some(inputs.memory_map)] {
-        // Five of twelve places, the rest below.
+        // Five of sixteen places; at most eight are taken below.
         let _ = range.map(|r| taken.push(r.page_outward()));
     }
     let placement = kernel.place(&free, &taken)?;
@@ -170,10 +176,11 @@ pub fn plan(
     let tables = find(TABLES_AREA)?;
     let sandbox = find(sandbox)?;
     let staging = staging.map(&mut find).transpose()?;
-    let config_space = match guarded {
-        0 => None,
-        _ => Some(find((guarded as u64).saturating_mul(PAGE_SIZE))?),
+    let mut pages = |count: usize| match count {
+        0 => Ok(None),
+        _ => find((count as u64).saturating_mul(PAGE_SIZE)).map(Some),
     };
+    let (config_space, parameters) = (pages(guarded)?, pages(parameters)?);
 
     let mut carve_outs = heapless::Vec::<CarveOut, 16>::new();
     let loaded = [Some(placement.room), inputs.initrd, Some(boot)];
@@ -186,17 +193,17 @@ pub fn plan(
             CarveOut { range: sandbox, usage: Use::Reserved },
         ])
         .chain(
-            [staging, config_space]
+            [staging, config_space, parameters]
                 .into_iter()
                 .flatten()
                 .map(|range| CarveOut { range, usage: Use::Reserved }),
         );
     for carve_out in all {
-        // Four, three, three and two: fewer than sixteen.
+        // Four, three, three and three: fewer than sixteen.
         let _ = carve_outs.push(carve_out);
     }
     let map = firmware_map.guest(&carve_outs)?;
-    Ok(Layout { placement, boot, thunks, tables, sandbox, staging, config_space, map })
+    Ok(Layout { placement, boot, thunks, tables, sandbox, staging, config_space, parameters, map })
 }
 
 /// Copies the kernel to its place and writes the boot data. `pool` gives pages of the layout's own boot area.
@@ -271,36 +278,44 @@ pub fn write_thunks(layout: &Layout, insn: HypercallInsn, mem: &impl PhysMem) ->
     put(mem, layout.thunks.start(), &thunk_page(insn))
 }
 
-/// Writes the table of the unit that the guest is to be shown, for which `make` gives its length where there is one. Gives its
-/// address. `scratch` has room for a page.
-pub fn write_dmar(
+/// Writes a table of the guest's own into the room it is given; gives its length, where there is one.
+pub type MakeTable<'a> = dyn FnMut(&mut [u8]) -> Option<usize> + 'a;
+
+/// Writes the guest's ACPI root, and the tables of its own for which `own` give a length. Gives their addresses. `scratch` has
+/// room for a page.
+pub fn write_acpi(
     layout: &Layout,
-    make: impl FnOnce(&mut [u8]) -> Option<usize>,
+    firmwares: &acpi::Tables,
+    own: [&mut MakeTable<'_>; OWN_TABLES],
     scratch: &mut [u8],
     mem: &impl PhysMem,
-) -> Result<Option<u64>, BootError> {
-    let Some(used) = scratch.get_mut(..DMAR_AREA as usize).and_then(make) else { return Ok(None) };
-    let at = layout.rsdp().saturating_add(ACPI_AREA);
-    put(mem, at, scratch.get(..used).unwrap_or_default())?;
-    Ok(Some(at))
+) -> Result<[Option<u64>; OWN_TABLES], BootError> {
+    let rsdp = layout.rsdp();
+    let areas = (rsdp.saturating_add(ACPI_AREA)..).step_by(OWN_AREA as usize);
+    let mut written = [None; OWN_TABLES];
+    for ((make, at), written) in own.into_iter().zip(areas).zip(&mut written) {
+        let Some(used) = scratch.get_mut(..OWN_AREA as usize).and_then(make) else { continue };
+        put(mem, at, scratch.get(..used).unwrap_or_default())?;
+        *written = Some(at);
+    }
+    let used = firmwares.write_filtered(&HIDDEN_TABLES, written.into_iter().flatten(), rsdp, scratch)?;
+    put(mem, rsdp, scratch.get(..used).unwrap_or_default())?;
+    Ok(written)
 }
 
-/// Writes the guest's EFI tables and its copies of SMBIOS; `dmar` is the address of what [`write_dmar`] wrote. `scratch` has room
-/// for one copy.
+/// Writes the guest's EFI tables and its copies of SMBIOS, with what [`write_acpi`] wrote. `scratch` has room for one copy.
 ///
 /// A firmware whose SMBIOS tables cannot be copied costs the guest those tables, with a warning.
 pub fn write_efi(
     layout: &Layout,
-    (firmware, firmware_map): (&FirmwareTables, &MemoryMap),
-    (acpi, dmar): (&acpi::Tables, Option<u64>),
+    firmware: &FirmwareTables,
+    firmware_map: &MemoryMap,
     rt_properties: u32,
     scratch: &mut [u8],
     mem: &impl PhysMem,
 ) -> Result<(), BootError> {
     let rsdp = layout.rsdp();
-    let used = acpi.write_filtered(&HIDDEN_TABLES, dmar, rsdp, scratch)?;
-    put(mem, rsdp, scratch.get(..used).unwrap_or_default())?;
-    let mut next = rsdp.saturating_add(ACPI_AREA).saturating_add(DMAR_AREA);
+    let mut next = rsdp.saturating_add(ACPI_AREA).saturating_add(OWN_AREAS);
     let mut copy_of = |guid| -> Result<Option<u64>, BootError> {
         let Some(entry) = firmware.config(guid) else { return Ok(None) };
         let at = next;
@@ -456,8 +471,8 @@ mod tests {
 
     #[test]
     fn nothing_of_the_guest_lies_on_what_is_not_its() {
-        let (inputs, map) = (inputs(), map());
-        let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, Some(MIB), 3).unwrap();
+        let (inputs, map) = (Inputs { config: Some(range(57 * MIB, 9)), ..inputs() }, map());
+        let layout = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, Some(MIB), (3, 2)).unwrap();
         let guests = [layout.placement.room, layout.boot, layout.thunks, layout.tables];
         let others = [
             inputs.slb.unwrap(),
@@ -468,6 +483,7 @@ mod tests {
             inputs.cmdline.unwrap(),
             layout.sandbox,
             layout.config_space.unwrap(),
+            layout.parameters.unwrap(),
             range(16 * MIB, MIB),
         ];
         for (i, a) in guests.iter().enumerate() {
@@ -481,6 +497,7 @@ mod tests {
                 layout.sandbox,
                 layout.staging.unwrap(),
                 layout.config_space.unwrap(),
+                layout.parameters.unwrap(),
                 range(16 * MIB, MIB),
             ] {
                 assert!(!ram.overlaps(&closed), "{ram} {closed}");
@@ -527,7 +544,7 @@ mod tests {
                 cmdline: Some(range(cmdline, 7)),
                 ..inputs()
             };
-            let Ok(layout) = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, smm.then_some(MIB), 3) else { return Ok(()) };
+            let Ok(layout) = plan(&inputs, &map, &kernel(), 64 * PAGE_SIZE, smm.then_some(MIB), (3, 2)) else { return Ok(()) };
             let window = range(window, 0x4000);
             let Ok(space) = memory::describe(&inputs, &map, &[], &layout, [window].into_iter(), &[], 40) else { return Ok(()) };
             let of_nobody = [inputs.region, inputs.slb.unwrap(), inputs.launch_page, window, TPM_CLOSED];
@@ -555,7 +572,7 @@ mod tests {
         let ram = Ram::new(RAM);
         ram.write(inputs.cmdline.unwrap().start(), b"quiet x");
         ram.write(inputs.kernel.unwrap().start() + 5 * 512, b"first byte of the protected-mode code");
-        let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE, Some(MIB), 3).unwrap();
+        let layout = plan(&inputs, &map, &kernel, 64 * PAGE_SIZE, Some(MIB), (3, 2)).unwrap();
         let start = write(&layout, &inputs, &kernel, &ram, |area| Pool(&ram, area.start())).unwrap();
         let mut code = [0; 5];
         ram.read(layout.placement.room.start(), &mut code);
@@ -574,7 +591,7 @@ mod tests {
     #[test]
     fn a_machine_without_room_is_an_error() {
         let (inputs, map, kernel) = (inputs(), map(), kernel());
-        let error = plan(&inputs, &map, &kernel, 1 << 40, None, 0).err();
+        let error = plan(&inputs, &map, &kernel, 1 << 40, None, (0, 0)).err();
         assert_eq!(error, Some(BootError::NoRoom { size: 1 << 40 }));
     }
 }

@@ -130,6 +130,18 @@ pub fn replace_config_space(
     Ok(())
 }
 
+/// Puts pages of the guest's in place of firmware's, which it does not have: pairs of the address and of the page to be found there.
+pub fn map_copies(
+    mut pages: impl Iterator<Item = (u64, u64)>,
+    nested: &Tables,
+    pool: &mut PagePool,
+) -> Result<(), MemoryError> {
+    pages.try_for_each(|(at, copy)| {
+        let page = PhysRange::new(at, PAGE_SIZE).ok_or(MemoryError::OutOfMemory)?;
+        Ok(nested.map(pool, page, copy, Rights::READ | Rights::WRITE, MemoryType::Coherent)?)
+    })
+}
+
 /// The guest's pages of registers in the nested tables that all CPUs share, closed there; each CPU has its own view.
 pub struct RegisterPages {
     root: u64,

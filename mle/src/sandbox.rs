@@ -11,6 +11,7 @@ use firmware::config::{Config, OnDeath};
 use firmware::deferred::Overlay;
 use firmware::memmap::{MemoryMap, MemoryType, Region};
 use firmware::policy::Policy;
+use firmware::prm::Handlers;
 use firmware::sandbox::{RTC_DATA, SMI_DATA, Sandbox};
 use firmware::service::Service;
 use firmware::smm::communicate::find_core_private;
@@ -105,6 +106,8 @@ pub struct Input<'a> {
     pub map: &'a MemoryMap,
     /// The firmware's EFI tables.
     pub tables: &'a FirmwareTables,
+    /// Its PRM handlers, where the guest may call them.
+    pub handlers: Option<Handlers>,
     /// Ports that the FADT names.
     pub acpi: Ports,
     /// Largest page of nested tables.
@@ -181,7 +184,8 @@ pub fn set_up(pool: &mut PagePool, input: Input<'_>) -> Result<Constant, Sandbox
         state: Sandbox::new(config, input.acpi),
         vcpu: Runner { vcpu, on: None },
         native: native_vcpu,
-        entries: Service::ALL.map(|s| tables.entry(s, map)),
+        entries: Service::TABLE.map(|s| tables.entry(s, map)),
+        handlers: input.handlers,
         area: layout.sandbox,
         staging: layout.staging,
         buffer: pool.object().ok_or(none("the call buffer", CALL_BUFFER_SIZE as u64))?,

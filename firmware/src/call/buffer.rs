@@ -77,12 +77,19 @@ pub struct CallBuffer {
 }
 
 impl CallBuffer {
+    /// Where content of variables, and what handlers get, begins.
+    pub(crate) const DATA_AT: usize = core::mem::offset_of!(Self, data);
     const REST: usize = 4096_usize.saturating_sub(NAME_MAX).saturating_sub(size_of::<Slots>());
 
-    /// Vendor and terminated name of the variable that a call of `service` is about, if it is about one.
+    /// Vendor and terminated name of the variable that a call of `service` is about, if it is about one; of a handler its
+    /// GUID and no name.
     pub fn variable(&self, service: Service) -> Option<(&[u8; 16], &[u8])> {
-        let about = matches!(service, Service::GetVariable | Service::SetVariable);
-        about.then_some((&self.slots.guid, self.name.as_slice()))
+        service.has_guid().then_some((&self.slots.guid, self.name.as_slice()))
+    }
+
+    /// The part for content.
+    pub(crate) fn data_mut(&mut self) -> &mut [u8; DATA_MAX] {
+        &mut self.data
     }
 }
 

@@ -31,7 +31,7 @@ use crate::exposure::Decision;
 use crate::memmap::{DESCRIPTOR_VERSION, Descriptor, MAX_DESCRIPTOR_SIZE, MAX_GUEST_DESCRIPTORS};
 use crate::policy::{Policies, Policy};
 use crate::sandbox::Place;
-use crate::service::Service;
+use crate::service::{Service, Target};
 
 /// A guest's memory by virtual address, translated by the page tables in force when it called.
 pub trait GuestMem {
@@ -59,8 +59,8 @@ pub struct Args {
 /// A firmware call ready to run: what the sandbox's CPU starts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FirmwareCall {
-    /// Which service: its entry point is RIP.
-    pub service: Service,
+    /// What: its entry point is RIP.
+    pub target: Target,
     /// First argument.
     pub rcx: u64,
     /// Second argument.
@@ -94,6 +94,8 @@ pub enum Begin {
     Reset(ResetKind),
     /// Capsules are to be staged for the firmware: see [`crate::capsule`].
     Capsules,
+    /// The call of the handler at this place of the PRMT is to be staged: see [`crate::prm`].
+    Handler(u8),
     /// The guest wants services unlocked: once a PCR shows that, [`Gate::unlock`].
     Unlock(Services),
 }
@@ -311,7 +313,8 @@ impl Gate {
             Service::ResetSystem => arguments::reset(args),
             Service::SetVirtualAddressMap => self.set_virtual_address_map(args, mem),
             Service::UpdateCapsule | Service::QueryCapsuleCapabilities => Ok(Decoded::Capsules),
-            Service::ConvertPointer => Err(Status::UNSUPPORTED),
+            // Handlers are asked for by Gate::begin_handler.
+            Service::ConvertPointer | Service::PrmHandler => Err(Status::UNSUPPORTED),
         };
         let own = |status| Begin::Done(Answer { status, decision: Decision::OWN });
         match decoded {
@@ -330,6 +333,21 @@ impl Gate {
             Ok(Decoded::Capsules) => Begin::Capsules,
             Ok(Decoded::Unlock(services)) => Begin::Unlock(services),
             Ok(Decoded::Done(status)) | Err(status) => own(status),
+        }
+    }
+
+    /// What becomes of a call of the handler `guid`, at place `n` of the PRMT. `buffer` says from then on whom the call is about.
+    pub fn begin_handler(&self, n: u8, guid: Guid, buffer: &mut CallBuffer) -> Begin {
+        const SERVICE: Service = Service::PrmHandler;
+        buffer.slots = Slots::new_zeroed();
+        buffer.slots.guid = guid.to_bytes();
+        buffer.name = [0; NAME_MAX];
+        match self.policy(SERVICE, buffer.variable(SERVICE)) {
+            Policy::Sandbox | Policy::Native => Begin::Handler(n),
+            Policy::Locked => Begin::Done(Answer::refused(Decision::LOCKED)),
+            Policy::Deny | Policy::Deferred | Policy::Relaunch => {
+                Begin::Done(Answer::refused(Decision::DENIED))
+            }
         }
     }
 
@@ -429,7 +447,7 @@ impl Pending {
                 (attributes.into(), storage, storage.wrapping_add(8), storage.wrapping_add(16), 0)
             }
         };
-        FirmwareCall { service: self.service, rcx, rdx, r8, r9, fifth }
+        FirmwareCall { target: Target::Service(self.service), rcx, rdx, r8, r9, fifth }
     }
 }
 

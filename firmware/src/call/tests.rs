@@ -75,7 +75,7 @@ impl View<'_> {
 impl Model {
     fn run(&mut self, call: &FirmwareCall, buffer: &mut CallBuffer) -> u64 {
         let mut v = View(buffer.as_mut_bytes());
-        match call.service {
+        match call.target.service() {
             Service::GetVariable => {
                 let key = (v.name(call.rcx), v.guid(call.rdx));
                 let Some((attributes, data)) = self.store.get(&key) else { return ERR | 14 };
@@ -244,7 +244,9 @@ fn the_buffer_is_laid_out_in_whole_pages() {
     assert_eq!(CALL_BUFFER_SIZE, 17 * 4096);
     assert_eq!(size_of::<EfiTime>(), size_of::<Time>());
     assert_eq!(offset_of!(EfiTime, daylight), offset_of!(Time, daylight));
-    let frame = FirmwareCall { service: Service::GetTime, rcx: 0, rdx: 0, r8: 0, r9: 0, fifth: 9 }.frame(8);
+    let frame =
+        FirmwareCall { target: Target::Service(Service::GetTime), rcx: 0, rdx: 0, r8: 0, r9: 0, fifth: 9 }
+            .frame(8);
     assert_eq!((frame[0], frame[FIFTH_ARGUMENT as usize / 8]), (8, 9));
 }
 
@@ -653,6 +655,26 @@ fn where_firmware_runs_is_the_policys_by_variable() {
     assert_eq!(b.gate.place(Service::GetTime, &b.buffer), Place::Native);
 }
 
+#[test]
+fn handlers_are_told_apart_by_their_guids() {
+    let [good, bad] = [7u8, 8].map(|n| Guid::from_bytes([n; 16]));
+    let file = format!("service.PrmHandler.{bad} = deny\nservice.PrmHandler = locked");
+    let mut b = Bench::with(&Config::parse(file.as_bytes()).unwrap());
+    let refused = |decision| Begin::Done(Answer { status: Status::SECURITY_VIOLATION, decision });
+    assert_eq!(b.gate.begin_handler(3, good, &mut b.buffer), refused(Decision::LOCKED));
+    b.gate.unlock(Services::named(b"PrmHandler").unwrap());
+    assert_eq!(b.gate.begin_handler(3, good, &mut b.buffer), Begin::Handler(3));
+    assert_eq!(b.buffer.variable(Service::PrmHandler).unwrap().0, &[7; 16]);
+    assert_eq!(b.gate.begin_handler(3, bad, &mut b.buffer), refused(Decision::DENIED));
+    let native = format!("service.PrmHandler.{bad} = native");
+    let mut b = Bench::with(&Config::parse(native.as_bytes()).unwrap());
+    for (guid, place) in [(bad, Place::Native), (good, Place::Sandbox)] {
+        assert_eq!(b.gate.begin_handler(3, guid, &mut b.buffer), Begin::Handler(3));
+        assert_eq!(b.gate.place(Service::PrmHandler, &b.buffer), place);
+    }
+    assert_eq!(b.call(Service::PrmHandler, [0; 5]), Status::UNSUPPORTED);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1500))]
     #[test]
@@ -677,7 +699,7 @@ proptest! {
                 b.buffer.as_mut_bytes()[..96].copy_from_slice(&head);
                 b.buffer.data.fill(0xa5);
                 let outcome = b.gate.end(pending, rax, &b.guest, &mut b.buffer);
-                prop_assert_eq!(call.service, Service::ALL[service]);
+                prop_assert_eq!(call.target, Target::Service(Service::ALL[service]));
                 // Data is written only inside the buffer that the guest named.
                 if let Results::Variable { data, size, .. } = results {
                     let after = b.get(GUEST, GUEST_SIZE - 0x200);
@@ -691,7 +713,7 @@ proptest! {
                 prop_assert!(outcome.status.is_success() || outcome.status.is_error());
             }
             Begin::Done(answer) => prop_assert!(!answer.status.is_warning()),
-            Begin::Reset(_) | Begin::Unlock(_) | Begin::Capsules | Begin::Defer(_) => {}
+            Begin::Reset(_) | Begin::Unlock(_) | Begin::Capsules | Begin::Defer(_) | Begin::Handler(_) => {}
         }
     }
 

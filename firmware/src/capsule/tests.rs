@@ -123,7 +123,7 @@ fn a_capsule_of_linux_arrives_whole_with_a_list_of_its_own() {
     let args = bench.linux(&bytes);
     let staged = bench.update(&args).unwrap();
     let (call, image) = (staged.call, STAGING + 0x1000);
-    assert_eq!(call.service, Service::UpdateCapsule);
+    assert_eq!(call.target, Target::Service(Service::UpdateCapsule));
     assert_eq!((call.rcx, call.rdx, call.r8, call.r9), (STAGING, 1, STAGING + 0x200, 0));
     assert_eq!(bench.staged_words(call.rcx, 1), [image]);
     assert_eq!(bench.staged_words(call.r8, 4), [bytes.len() as u64, image, 0, 0]);
@@ -266,7 +266,7 @@ fn a_query_hands_over_headers_alone() {
     let staging = bench.staging();
     let query = stage_query(&args, &bench.guest, &staging).unwrap();
     let call = query.call;
-    assert_eq!((call.service, call.rdx), (Service::QueryCapsuleCapabilities, 1));
+    assert_eq!((call.target, call.rdx), (Target::Service(Service::QueryCapsuleCapabilities), 1));
     assert_eq!((call.rcx, call.r8, call.r9), (STAGING, STAGING + 0x100, STAGING + 0x108));
     assert_eq!(bench.staged(STAGING + 0x1000, 40), bytes[..40]);
     assert_eq!(bench.staged(STAGING + 0x1028, 5960), [0; 5960]);

@@ -104,15 +104,16 @@ fn the_guest_reads_back_tables_that_lead_to_thunks() {
     assert_eq!(attributes.entries[0].phys_start.get(), 0x20_4000);
     assert_eq!(attributes.entries[0].attributes.get(), (1 << 63) | 0x2_0000);
     assert_eq!((attributes.entries[1].pages.get(), attributes.entries[1].ty.get()), (3, 6));
-    for service in Service::ALL {
+    for service in Service::TABLE {
+        let target = Target::Service(service);
         let thunk: [u8; 13] = read_at(&guest, tables.services[service.index()], "").unwrap();
         assert_eq!(thunk[..5], [0xf3, 0x0f, 0x1e, 0xfa, 0xb8]);
         let eax = u32::from_le_bytes(thunk[5..9].try_into().unwrap());
-        assert_eq!(Service::from_hypercall(eax), Some(service));
+        assert_eq!(Target::from_hypercall(eax), Some(target));
         assert_eq!(thunk[9..], [0x0f, 0x01, 0xd9, 0xc3]);
-        assert_eq!(service_at(tables.services[service.index()] - 0x20_4000 + 9), Some(service));
+        assert_eq!(target_at(tables.services[service.index()] - 0x20_4000 + 9), Some(target));
     }
-    assert_eq!(service_at(0), None);
+    assert_eq!(target_at(0), None);
     // The CRCs, by the definition: over the table with the field zero. 0xcbf43926 is the check value.
     assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
     for (at, len) in [(0x20_0000, 0x78), (0x20_0080, 0x88)] {

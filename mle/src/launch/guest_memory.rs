@@ -6,6 +6,9 @@
 use firmware::config::Config;
 use firmware::linux::{HEADER_BYTES, Kernel};
 use firmware::memmap::MemoryType;
+use firmware::policy::Policy;
+use firmware::prm::Handlers;
+use firmware::service::Service;
 use firmware::tables::FirmwareTables;
 use heapless::Vec;
 use hv::addr::{PAGE_SIZE, PhysRange};
@@ -67,6 +70,8 @@ pub struct GuestMemory {
     pub config_space: ConfigSpace,
     /// The firmware's EFI tables.
     pub efi: FirmwareTables,
+    /// Its PRM handlers, where the guest may call them.
+    pub handlers: Option<Handlers>,
     /// Where the guest begins.
     pub start: Start,
     /// It is shown a unit that remaps interrupts.
@@ -94,7 +99,12 @@ impl GuestMemory {
         let kernel = Kernel::parse(&head, file.len())?;
         let guarded = pci::find(&ports)?;
         let (sandbox_size, capsules) = (services::SANDBOX_SIZE, config.capsule_room());
-        let layout = boot::plan(inputs, map, &kernel, sandbox_size, capsules, guarded.len())?;
+        let prmt = match config.policies.service(Service::PrmHandler) {
+            Policy::Deny => None,
+            _ => acpi::prmt(&mem, acpi_tables, map),
+        };
+        let copies = (guarded.len(), prmt.as_ref().map_or(0, |prmt| prmt.pages().len()));
+        let layout = boot::plan(inputs, map, &kernel, sandbox_size, capsules, copies)?;
         let mut windows = acpi::ecam(&mem, acpi_tables);
         // A register of AMD's.
         let of_cpu = features.vendor.is_svm().then(|| features.msrs.rdmsr(MSR_MMIO_CONFIG));
@@ -120,6 +130,13 @@ impl GuestMemory {
                 pci::copy(&Function::new(&ports, function.id), at, &mem).map_err(BootError::Memory)?;
             }
         }
+        let handlers = prmt.and_then(|prmt| {
+            let handlers = Handlers::new(prmt, layout.parameters, &config.handlers, &mem);
+            handlers.inspect_err(|error| warn!("{error}; no handler is passed on")).ok()
+        });
+        if let Some(handlers) = &handlers {
+            memory::map_copies(handlers.pages(), &nested, pool)?;
+        }
         let device_from = pool.mark();
         let device = iommus.new_tables(*ram_end, pool)?;
         space.map_view(View::Device, &device, pool)?;
@@ -133,10 +150,10 @@ impl GuestMemory {
         let scratch: &mut [u8] = unsafe { core::slice::from_raw_parts_mut(scratch_at as *mut u8, scratch) };
         boot::write_thunks(&layout, features.vendor.hypercall(), &mem)?;
         let listed = Some(*listed).filter(|_| features.vendor.can_step());
-        let dmar = |out: &mut [u8]| iommus.write_shown(listed?, UNIT_BASE, out);
-        let dmar = boot::write_dmar(&layout, dmar, scratch, &mem)?;
-        let services = config.policies.rt_properties();
-        boot::write_efi(&layout, (&efi, map), (acpi_tables, dmar), services, scratch, &mem)?;
+        let mut dmar = |out: &mut [u8]| iommus.write_shown(listed?, UNIT_BASE, out);
+        let mut prmt = |out: &mut [u8]| handlers.as_ref()?.table().write_shown(layout.thunks.start(), out);
+        let [dmar, _] = boot::write_acpi(&layout, acpi_tables, [&mut dmar, &mut prmt], scratch, &mem)?;
+        boot::write_efi(&layout, &efi, map, config.policies.rt_properties(), scratch, &mem)?;
         // SAFETY: the area is free guest memory that the layout chose for these tables; nothing else uses it yet.
         let start = boot::write(&layout, inputs, &kernel, &mem, |area| unsafe { PagePool::new(area) })?;
         let built = Self {
@@ -148,6 +165,7 @@ impl GuestMemory {
             claims,
             config_space,
             efi,
+            handlers,
             start,
             unit_shown: dmar.is_some(),
         };
@@ -157,7 +175,8 @@ impl GuestMemory {
     /// What the guest runs and reads: its memory, and tables of firmware's and ours.
     pub fn seen<'a>(&'a self, map: &'a firmware::memmap::MemoryMap) -> impl Iterator<Item = PhysRange> + 'a {
         let acpi = map.regions().iter().filter(|r| r.ty == MemoryType::ACPI_RECLAIM).map(|r| r.range);
-        let parts = [Some(self.layout.thunks), Some(self.layout.tables), self.layout.config_space];
+        let Layout { thunks, tables, config_space, parameters, .. } = &self.layout;
+        let parts = [Some(*thunks), Some(*tables), *config_space, *parameters];
         self.layout.map.ram().chain(acpi).chain(parts.into_iter().flatten())
     }
 }

@@ -94,7 +94,7 @@ fn launch<'a>(
     let Measured { log, log_used, tpm, sha256, config, acpi, smm } = measure(&mut ground, config)?;
     let config = Config::parse(config).map_err(LaunchError::Config)?;
     log::set_max_level(config.log);
-    let (guest, space) = GuestMemory::build(&mut ground, &config, &iommus, &acpi)?;
+    let (mut guest, space) = GuestMemory::build(&mut ground, &config, &iommus, &acpi)?;
 
     // Devices that the gap set to work stop before their requests are let through to what was just measured and
     // copied; their drivers start them again.
@@ -137,6 +137,7 @@ fn launch<'a>(
             layout: &guest.layout,
             map,
             tables: &guest.efi,
+            handlers: guest.handlers.take(),
             acpi: acpi::Ports {
                 pm_timer: acpi::pm_timer(&mem, &acpi),
                 smi_command: cpus.smi_command.unwrap_or_default(),

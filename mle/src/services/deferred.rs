@@ -3,7 +3,7 @@
 use firmware::call::{Pending, Status};
 use firmware::deferred::{Base, Wanted};
 use firmware::exposure::Decision;
-use firmware::service::Service;
+use firmware::service::{Service, Target};
 use hv::failure::{Record as Failure, Stage};
 
 use super::sandboxed::{Direction, End, buffer_at, copy_buffer};
@@ -19,7 +19,7 @@ impl Services {
         let Parts { overlay, buffer, scratch, area, mem, .. } = &mut self.parts;
         let base = match found {
             Some((lookup, rax)) => {
-                copy_buffer(*area, scratch, mem, lookup, Direction::FromSandbox);
+                copy_buffer(*area, scratch, mem, lookup.used_bytes(), Direction::FromSandbox);
                 Pending::base(rax, scratch)
             }
             None => Ok(Base::Absent),
@@ -87,8 +87,8 @@ impl Services {
             let Parts { overlay, buffer, .. } = &mut self.parts;
             let Some((key, wanted)) = overlay.at(index) else { break };
             let pending = Pending::commit(key, wanted, buffer);
-            let call = self.new_call(Service::SetVariable, local.id());
-            self.hand_over(&pending);
+            let call = self.new_call(Target::Service(Service::SetVariable), local.id());
+            self.hand_over(pending.used_bytes());
             let registers = pending.call(buffer_at(self.parts.area));
             let mut status = Status::DEVICE_ERROR.0 as u64;
             if self.enter(&call, &registers).is_ok() {

@@ -65,7 +65,7 @@ impl Parts {
     fn gap_call(&self, job: &Job) -> Option<GapCall> {
         let Job::Call(pending) = job else { return None };
         let registers = pending.call(buffer_at(self.area));
-        let entry = self.entries.get(registers.service.index()).copied().flatten()?;
+        let entry = self.entry(registers.target)?;
         let FirmwareCall { rcx, rdx, r8, r9, .. } = registers;
         Some(GapCall { entry, rsp: self.put_frame(&registers), rcx, rdx, r8, r9 })
     }

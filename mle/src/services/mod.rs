@@ -18,9 +18,10 @@ use firmware::call::{
 use firmware::capsule::{self, CapsuleError, StagedQuery, Staging};
 use firmware::deferred::Overlay;
 use firmware::exposure::{self as log_format, Decision, Denied, Kind, Name, Record, Text, Variable};
+use firmware::prm::{self, Handlers};
 use firmware::sandbox::{Counters, Place, Reason, Sandbox};
-use firmware::service::{COUNT, Service};
-use firmware::tables::{HYPERCALL_LENGTH, service_at};
+use firmware::service::{Service, TABLE_COUNT, Target};
+use firmware::tables::{HYPERCALL_LENGTH, target_at};
 use heapless::{String, Vec};
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::Clock;
@@ -71,7 +72,9 @@ pub struct Parts {
     /// The virtual CPU of calls that run natively, if there are to be any.
     pub native: Option<Runner>,
     /// Entry points in the firmware's runtime code.
-    pub entries: [Option<u64>; COUNT],
+    pub entries: [Option<u64>; TABLE_COUNT],
+    /// Handlers of the Platform Runtime Mechanism, where the guest may call them.
+    pub handlers: Option<Handlers>,
     /// Its memory, [`SANDBOX_SIZE`] bytes.
     pub area: PhysRange,
     /// Memory in which capsules are staged for it, if any service takes them.
@@ -144,6 +147,8 @@ pub struct Services {
 /// A call whose status the guest does not know yet. The guest is at the hypercall instruction, and each time it runs into
 /// it the call goes on.
 struct Call {
+    target: Target,
+    /// The service whose policy it is under.
     service: Service,
     /// The CPU whose guest made it, by its APIC ID.
     owner: u32,
@@ -167,6 +172,8 @@ enum Job {
     Update { initiate_reset: bool },
     /// A question about capsules.
     Query(StagedQuery),
+    /// A PRM handler.
+    Handler(prm::Staged),
 }
 
 /// How far a call is. A record of what happened comes before the measurement, the measurement before the guest sees it.
@@ -251,19 +258,19 @@ pub fn end_of_guest(cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
 impl Services {
     fn call(&mut self, cpu: &mut Cpu, vcpu: &mut Vcpu<'_>, local: &Xapic<PhysWindow>, ports: Ports) -> Next {
         let apic_id = local.id();
-        let Some(service) = self.called(vcpu) else {
+        let Some(target) = self.called(vcpu) else {
             // Not one of ours: to software that is not on the thunk page there is no hypervisor to call.
             vcpu.inject(Exception::InvalidOpcode);
             return Next::Resume;
         };
         let (call, mut phase) = match self.under_way.take() {
-            Some((call, phase)) if call.owner == apic_id && call.service == service => (call, phase),
+            Some((call, phase)) if call.owner == apic_id && call.target == target => (call, phase),
             Some((call, phase)) => {
                 self.wait_for(call, phase);
                 cpu.let_pending_in();
                 return Next::Resume;
             }
-            None => match self.begin(service, vcpu, apic_id) {
+            None => match self.begin(target, vcpu, apic_id) {
                 Some(begun) => begun,
                 None => return Next::Resume,
             },
@@ -371,12 +378,17 @@ impl Services {
 
     /// Checks firmware's results and copies them to the guest.
     fn give(&mut self, call: &Call, job: Job, mut rax: u64, vcpu: &Vcpu<'_>) -> Phase {
+        let used = match &job {
+            Job::Call(pending) => pending.used_bytes(),
+            Job::Handler(_) => prm::Staged::USED,
+            Job::Lookup { .. } | Job::Update { .. } | Job::Query(_) => 0,
+        };
+        let parts = &mut self.parts;
+        copy_buffer(parts.area, parts.buffer, &parts.mem, used, Direction::FromSandbox);
         if let Job::Call(pending) = &job {
-            let parts = &mut self.parts;
-            copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::FromSandbox);
             if self.is_hidden(pending, rax) {
                 pending.ask_on(self.parts.buffer);
-                self.hand_over(pending);
+                self.hand_over(pending.used_bytes());
                 let registers = pending.call(buffer_at(self.parts.area));
                 return self.enter_or_end(call, job, &registers);
             }
@@ -399,6 +411,16 @@ impl Services {
                 Ok(Status::SUCCESS) if initiate_reset => return reset(call, ResetKind::Warm, &parts.clock),
                 Ok(status) => (status, None),
                 Err(anomaly) => (Status::DEVICE_ERROR, strange(&anomaly)),
+            },
+            Job::Handler(staged) => match (firmware::call::status(rax), &parts.handlers) {
+                (Ok(status), Some(handlers)) => {
+                    match handlers.finish(&staged, (&view, &parts.mem), parts.buffer) {
+                        Ok(()) => (status, None),
+                        Err(error) => (error.status(), strange(&error)),
+                    }
+                }
+                (Ok(_), None) => (Status::NOT_FOUND, None),
+                (Err(anomaly), _) => (Status::DEVICE_ERROR, strange(&anomaly)),
             },
             Job::Query(query) => match firmware::call::status(rax) {
                 Ok(Status::SUCCESS) => match staging(parts).and_then(|s| query.finish(&view, &s)) {
@@ -485,16 +507,17 @@ impl Services {
         });
     }
 
-    /// The service whose thunk made the hypercall: at CPL 0, at its place, with its number.
-    fn called(&self, vcpu: &Vcpu<'_>) -> Option<Service> {
-        let service = Service::from_hypercall(vcpu.gprs().rax as u32)?;
+    /// Where the thunk leads to that made the hypercall: at CPL 0, at its place, with its number.
+    fn called(&self, vcpu: &Vcpu<'_>) -> Option<Target> {
+        let target = Target::from_hypercall(vcpu.gprs().rax as u32)?;
         // The page may be mapped at any address; its offset stays.
-        let at = service_at(vcpu.rip() & (PAGE_SIZE - 1))?;
-        (vcpu.cpl() == 0 && vcpu.code().1 && at == service).then_some(service)
+        let at = target_at(vcpu.rip() & (PAGE_SIZE - 1))?;
+        (vcpu.cpl() == 0 && vcpu.code().1 && at == target).then_some(target)
     }
 
     /// Decodes a new call. `None` when the guest has its answer already.
-    fn begin(&mut self, service: Service, vcpu: &mut Vcpu<'_>, apic_id: u32) -> Option<(Call, Phase)> {
+    fn begin(&mut self, target: Target, vcpu: &mut Vcpu<'_>, apic_id: u32) -> Option<(Call, Phase)> {
+        let service = target.service();
         if !exposure::has_room() && exposure::flush(&self.parts.clock) != Settled::Measured {
             // Nothing is done that could not go on record.
             finish(vcpu, Status::NOT_READY);
@@ -508,7 +531,13 @@ impl Services {
         let log = parts.log.get(..parts.log_used).unwrap_or_default();
         let (status, sandbox, relaunched) = (&parts.status, &parts.state, parts.relaunched);
         let own = Own { log, status, sandbox, relaunched };
-        let begun = parts.gate.begin(service, &args, &view, &own, parts.buffer);
+        let begun = match target {
+            Target::Service(service) => parts.gate.begin(service, &args, &view, &own, parts.buffer),
+            Target::Handler(n) => match parts.handlers.as_ref().and_then(|handlers| handlers.get(n)) {
+                Some(handler) => parts.gate.begin_handler(n, handler.guid, parts.buffer),
+                None => Begin::Done(Answer { status: Status::NOT_FOUND, decision: Decision::OWN }),
+            },
+        };
         let variable = parts.buffer.variable(service).map(|(guid, name)| Variable {
             guid: firmware::call::Guid::from_bytes(*guid),
             name: Name::new(name),
@@ -518,7 +547,7 @@ impl Services {
             Begin::Defer(_) => Place::Sandbox,
             _ => parts.gate.place(service, parts.buffer),
         };
-        let call = Call { variable, place, ..self.new_call(service, apic_id) };
+        let call = Call { variable, place, ..self.new_call(target, apic_id) };
         let parts = &mut self.parts;
         let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
         let phase = match begun {
@@ -552,13 +581,22 @@ impl Services {
                 });
                 match staged {
                     Ok((job, registers)) => self.enter_or_end(&call, job, &registers),
-                    Err(error) => {
-                        warn!("capsules of the guest: {error}");
-                        let status = error.status();
-                        let record = self.record_of(&call, Decision::NONE, status.0 as u64);
-                        exposure::record(&Record { text: Some(Text::new(error)), ..record });
-                        Phase::Answered(status)
+                    Err(error) => self.not_staged(&call, &error, error.status()),
+                }
+            }
+            Begin::Handler(n) => {
+                let handlers = parts.handlers.as_ref().ok_or(prm::CallError::NoHandler(n));
+                let staged = handlers.and_then(|handlers| {
+                    let buffer = (&mut *parts.buffer, buffer_at(parts.area));
+                    handlers.stage(n, args.rcx, (&view, &parts.mem), buffer)
+                });
+                match staged {
+                    Ok(staged) => {
+                        self.hand_over(prm::Staged::USED);
+                        let registers = staged.call(buffer_at(self.parts.area));
+                        self.enter_or_end(&call, Job::Handler(staged), &registers)
                     }
+                    Err(error) => self.not_staged(&call, &error, error.status()),
                 }
             }
             Begin::Defer(write) => {
@@ -571,7 +609,13 @@ impl Services {
                     scratch.zero();
                     scratch.copy_name_of(buffer);
                     let lookup = Pending::lookup(scratch);
-                    copy_buffer(parts.area, parts.scratch, &parts.mem, &lookup, Direction::ToSandbox);
+                    copy_buffer(
+                        parts.area,
+                        parts.scratch,
+                        &parts.mem,
+                        lookup.used_bytes(),
+                        Direction::ToSandbox,
+                    );
                     let registers = lookup.call(buffer_at(parts.area));
                     self.enter_or_end(&call, Job::Lookup { lookup, write }, &registers)
                 }
@@ -585,7 +629,7 @@ impl Services {
                     return None;
                 }
                 None => {
-                    self.hand_over(&pending);
+                    self.hand_over(pending.used_bytes());
                     let registers = pending.call(buffer_at(self.parts.area));
                     self.enter_or_end(&call, Job::Call(pending), &registers)
                 }
@@ -595,16 +639,25 @@ impl Services {
     }
 
     /// A call that begins now.
-    fn new_call(&self, service: Service, owner: u32) -> Call {
+    fn new_call(&self, target: Target, owner: u32) -> Call {
         let since_us = exposure::now_us(&self.parts.clock);
         Call {
-            service,
+            target,
+            service: target.service(),
             owner,
             since_us,
             before: *self.parts.state.counters(),
             variable: None,
             place: Place::Sandbox,
         }
+    }
+
+    /// What the guest wants firmware to have cannot be given to it.
+    fn not_staged(&self, call: &Call, error: &dyn fmt::Display, status: Status) -> Phase {
+        warn!("{:?} of the guest: {error}", call.service);
+        let record = self.record_of(call, Decision::NONE, status.0 as u64);
+        exposure::record(&Record { text: Some(Text::new(error)), ..record });
+        Phase::Answered(status)
     }
 
     /// Prepares the sandbox for a call, or ends it when there is none.

@@ -1,8 +1,9 @@
 //! The run of a call in the sandbox: entry, exits, end.
 
-use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pending};
+use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall};
 use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::{NotReady, RTC_DATA, RTC_INDEX, Reason, State, Verdict, is_clock};
+use firmware::service::Target;
 use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
 use hv::vcpu::{Access, Exit};
@@ -21,6 +22,14 @@ use crate::metal::{Identity, PhysWindow, Ports};
 use crate::{exposure, smi};
 
 impl Parts {
+    /// Where firmware is entered for this.
+    pub(super) fn entry(&self, target: Target) -> Option<u64> {
+        match target {
+            Target::Service(service) => self.entries.get(service.index()).copied().flatten(),
+            Target::Handler(n) => self.handlers.as_ref()?.get(n).map(|handler| handler.entry),
+        }
+    }
+
     /// Selects a register for firmware. Accesses of the clock's own do not exit from then on, until the guest runs: each is one exit
     /// less of the many that reading the time takes.
     fn select_rtc(&mut self, ports: &Ports, index: u8) {
@@ -30,17 +39,17 @@ impl Parts {
 }
 
 impl Services {
-    /// Gives the sandbox what a call uses of the MLE's call buffer.
-    pub(super) fn hand_over(&mut self, pending: &Pending) {
+    /// Gives the sandbox the first `used` bytes of the MLE's call buffer.
+    pub(super) fn hand_over(&mut self, used: usize) {
         let parts = &mut self.parts;
-        copy_buffer(parts.area, parts.buffer, &parts.mem, pending, Direction::ToSandbox);
+        copy_buffer(parts.area, parts.buffer, &parts.mem, used, Direction::ToSandbox);
     }
 
     /// Prepares the sandbox for a call. What the call needs of memory is in place.
     pub(super) fn enter(&mut self, call: &Call, registers: &FirmwareCall) -> Result<(), NotReady> {
         self.revive(call);
         let parts = &mut self.parts;
-        let Some(entry) = parts.entries.get(registers.service.index()).copied().flatten() else {
+        let Some(entry) = parts.entry(registers.target) else {
             parts.state.kill(Reason::NoEntry);
             self.died(call, Reason::NoEntry);
             return Err(NotReady::Dead(Reason::NoEntry));
@@ -242,15 +251,15 @@ pub(super) enum Direction {
     FromSandbox,
 }
 
-/// Copies what a call uses of the call buffer between the MLE and the sandbox: each side works on its own.
+/// Copies what a call uses of the call buffer, its first bytes, between the MLE and the sandbox: each side works on its own.
 pub(super) fn copy_buffer(
     area: PhysRange,
     own: &mut CallBuffer,
     mem: &Identity,
-    pending: &Pending,
+    used: usize,
     direction: Direction,
 ) {
-    let (at, used) = (buffer_at(area), ..pending.used_bytes());
+    let (at, used) = (buffer_at(area), ..used);
     match direction {
         Direction::ToSandbox => mem.write(at, own.as_bytes().get(used).unwrap_or_default()),
         Direction::FromSandbox => mem.read(at, own.as_mut_bytes().get_mut(used).unwrap_or_default()),

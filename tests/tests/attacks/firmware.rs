@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use firmware::config::OnDeath;
 use firmware::sandbox::Reason;
-use firmware::service::Service;
+use firmware::service::{Service, Target as Called};
 use hv::launch::{LAUNCH_PAGE_SIZE, SLB_SIZE};
 use hv::vcpu::Access;
 use tests::edu::Edu;
@@ -757,7 +757,7 @@ fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
     {
         write(&mut machine, SCRATCH + u64::from(at), word);
     }
-    let service = Service::SetVariable;
+    let service = Called::Service(Service::SetVariable);
     let mut call = vec![0x48, 0x83, 0xec, 0x30, 0xb8]; // sub rsp, 30h; mov eax, data
     call.extend((guest::MAPPED + LOOP).to_le_bytes());
     call.extend([0x48, 0x89, 0x44, 0x24, 0x28]); // mov [rsp + 28h], rax

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use ::firmware::service::Service;
+use ::firmware::service::{Service, Target as Called};
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
 use tests::attacks::{seen, seen_of_long};
@@ -427,13 +427,13 @@ fn cpuid(target: &mut Target) {
 }
 
 /// Page offset of a service's hypercall in Cordon's thunk page.
-fn hypercall_at(service: Service) -> usize {
-    (0..4096).find(|&at| ::firmware::tables::service_at(at as u64) == Some(service)).expect("a thunk")
+fn hypercall_at(called: Called) -> usize {
+    (0..4096).find(|&at| ::firmware::tables::target_at(at as u64) == Some(called)).expect("a thunk")
 }
 
 /// Makes hypercalls from a program: right number, right page offset, but at CPL 3.
 fn hypercalls_of_programs(target: &mut Target) {
-    let service = Service::ResetSystem;
+    let service = Called::Service(Service::ResetSystem);
     let program = guest::hypercall(service.hypercall(), hypercall_at(service));
     // A CPU without SVM knows no such instruction either.
     assert_eq!(run_program(&mut target.machine, &program).0, SIGILL);
@@ -512,7 +512,7 @@ fn hypercalls_of_kernels(target: &mut Target) {
         assert_eq!(ring0(machine, SCRATCH, &guest::VMMCALL), UD);
         return;
     }
-    let service = Service::QueryVariableInfo;
+    let service = Called::Service(Service::QueryVariableInfo);
     let at = hypercall_at(service);
     let [p, q] = [0, 0x100].map(|offset| guest::MAPPED + offset);
     let mut call = vec![0xb9, 7, 0, 0, 0, 0xba]; // mov ecx, 7; mov edx, p
