@@ -1,6 +1,7 @@
 //! What `tests/platform` does before anything boots: the bench's end of `board.bin`.
 
 use platform::record;
+use uefi_raw::table::boot::MemoryType;
 
 /// The records, in the order in which they are obeyed.
 #[derive(Default)]
@@ -25,7 +26,21 @@ impl Board {
 
     /// Keeps memory from every operating system.
     pub fn reserve(&mut self, base: u64, size: u64) {
-        self.record(record::RESERVE, base, &size.to_le_bytes());
+        self.take(base, size, MemoryType::RESERVED);
+    }
+
+    /// Takes memory for code of the runtime services.
+    pub fn runtime_code(&mut self, base: u64, size: u64) {
+        self.take(base, size, MemoryType::RUNTIME_SERVICES_CODE);
+    }
+
+    /// Takes memory for data of the runtime services.
+    pub fn runtime_data(&mut self, base: u64, size: u64) {
+        self.take(base, size, MemoryType::RUNTIME_SERVICES_DATA);
+    }
+
+    fn take(&mut self, base: u64, size: u64, ty: MemoryType) {
+        self.record(record::TAKE, base, &[size, ty.0.into()].map(u64::to_le_bytes).concat());
     }
 
     /// Writes memory or registers.

@@ -39,7 +39,7 @@ const IMAGES: [Image; 3] = [
 
 /// Firmware's implant, which no user gets.
 const HOSTILE: [Image; 1] = [uefi("hostile", "hostile.efi", paths::hostile)];
-/// Firmware's part that Bochs' board lacks.
+/// Firmware's part that emulated boards lack.
 const PLATFORM: [Image; 2] = [
     uefi("platform", "platform.efi", paths::platform),
     Image { binary: "senter", ..uefi("platform", "senter.efi", paths::senter) },
@@ -99,12 +99,17 @@ pub fn build_hostile() -> Result<()> {
     build_all(&HOSTILE)
 }
 
+/// Builds what plays more of a board's firmware than OVMF has into the build folder.
+pub fn build_platform() -> Result<()> {
+    build_all(&PLATFORM)
+}
+
 /// Builds all that a board's machine boots besides Cordon's images into the build folder.
 pub fn build_for(board: Board) -> Result<()> {
     match board {
         Board::Amd => build_initrd(),
         Board::Intel => {
-            build_all(&PLATFORM)?;
+            build_platform()?;
             initrd::write_whole(&paths::sinit(), &acm::module())?;
             // Unpacking takes an interpreter longer than reading does.
             let to = paths::cloud_initrd();

@@ -1,5 +1,6 @@
 //! The bench: emulated machines, the DRTM events they lack, attacks and benchmarks.
 
+pub mod acpi;
 pub mod attacks;
 pub mod board;
 pub mod bochs;
@@ -22,6 +23,7 @@ pub mod machine;
 pub mod microcode;
 pub mod paths;
 pub mod predict;
+pub mod prm;
 pub mod probe;
 pub mod pty;
 pub mod qemu;

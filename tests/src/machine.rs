@@ -17,6 +17,7 @@ use crate::devices::Sockets;
 use crate::emulator::Emulator;
 use crate::esp::{self, Item, Launch, Source};
 use crate::paths;
+use crate::prm;
 use crate::qemu::Qemu;
 use crate::run_dir::RunDir;
 use crate::senter;
@@ -99,6 +100,8 @@ pub struct Spec {
     pub hostile: bool,
     /// What that leaves devices to do: `tests/hostile/src/dma.rs`.
     pub devices_at_work: Option<String>,
+    /// Whether the firmware has PRM handlers: [`prm`]. Not together with an implant.
+    pub prm: bool,
     /// Whether the IOMMU can tell interrupts apart. Linux then gets none from devices: see `qemu::arguments`.
     pub remaps_interrupts: bool,
     /// TPM interface.
@@ -153,6 +156,7 @@ impl Default for Spec {
             firmware: Firmware::Smm,
             hostile: false,
             devices_at_work: None,
+            prm: false,
             remaps_interrupts: false,
             tpm: Tpm::Tis,
             banks: "sha256".to_owned(),
@@ -207,7 +211,8 @@ impl Spec {
         let mut first = "EFI/BOOT/BOOTX64.EFI";
         let before = match self.board {
             Board::Intel => Some(paths::platform()),
-            Board::Amd => self.hostile.then(paths::hostile),
+            Board::Amd if self.hostile => Some(paths::hostile()),
+            Board::Amd => self.prm.then(paths::platform),
         };
         if let Some(before) = before {
             items.push(file(first, before));
@@ -226,16 +231,19 @@ impl Spec {
             items.push(text("next.txt", options));
             items.extend(self.devices_at_work.iter().map(|orders| text("dma.txt", orders.clone())));
         }
+        let mut records = Records::default();
+        if self.prm {
+            prm::firmware(&mut records);
+        }
         if self.board == Board::Intel {
-            let mut records = Records::default();
             records.acpi(&bochs::acpi::tables(self.cpus));
             senter::firmware(&mut records, self.cpus, self.senter_fault);
             if self.boot == Boot::SenterProbe {
                 let bios_data = senter::bios_data(self.cpus).len() as u64;
                 senter::probe::prepare(&mut records, bios_data);
             }
-            items.push(Item { path: "board.bin", source: Source::Bytes(records.bytes()) });
         }
+        items.push(Item { path: "board.bin", source: Source::Bytes(records.bytes()) });
         if self.boot == Boot::Cordon {
             let (launch, locality0) = match self.board {
                 Board::Amd => (Launch::Skinit, self.tpm == Tpm::Crb),

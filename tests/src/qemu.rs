@@ -67,7 +67,7 @@ pub fn arguments(spec: &Spec) -> Vec<String> {
         text.push_str("-action reboot=shutdown ");
     }
     let mut arguments: Vec<_> = text.split_whitespace().map(str::to_owned).collect();
-    if spec.boot == Boot::Native && !spec.hostile {
+    if spec.boot == Boot::Native && !spec.hostile && !spec.prm {
         arguments.push("-kernel".to_owned());
         arguments.push(paths::absolute(&spec.kernel));
         arguments.push("-initrd".to_owned());

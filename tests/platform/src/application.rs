@@ -26,7 +26,7 @@ fn main() -> Status {
         let word = || u64::from_le_bytes(data.try_into().expect("64-bit data"));
         match u32::from_le_bytes(*kind) {
             record::ACPI => install(data),
-            record::RESERVE => reserve(address, word()),
+            record::TAKE => take(address, data),
             record::WRITE => write(address, data),
             record::MSR => set_everywhere(Register { number: address as u32, value: word() }),
             record::ANNOUNCE => announce = Some(address),
@@ -51,10 +51,11 @@ fn install(table: &[u8]) {
     unsafe { firmware.install_acpi_table(table.as_ptr().cast(), table.len()) }.expect("table");
 }
 
-fn reserve(address: u64, length: u64) {
-    let pages = (length as usize).div_ceil(boot::PAGE_SIZE);
-    boot::allocate_pages(AllocateType::Address(address), MemoryType::RESERVED, pages)
-        .expect("memory to reserve");
+fn take(address: u64, data: &[u8]) {
+    let (&[length, ty], []) = data.as_chunks() else { panic!("board.bin: memory") };
+    let pages = (u64::from_le_bytes(length) as usize).div_ceil(boot::PAGE_SIZE);
+    let ty = MemoryType(u64::from_le_bytes(ty) as u32);
+    boot::allocate_pages(AllocateType::Address(address), ty, pages).expect("memory to take");
 }
 
 fn write(address: u64, data: &[u8]) {

@@ -16,8 +16,8 @@ pub mod record {
     pub const HEADER: usize = 16;
     /// An ACPI table to install. No address.
     pub const ACPI: u32 = 1;
-    /// Memory from the address on, as long as the data (a 64-bit word) says, belongs to no operating system.
-    pub const RESERVE: u32 = 2;
+    /// Memory from the address on, with length and EFI memory type as 64-bit words, belongs to no operating system.
+    pub const TAKE: u32 = 2;
     /// Data for the address, written byte by byte.
     pub const WRITE: u32 = 3;
     /// A 64-bit word for the register whose number the address is, on every CPU.

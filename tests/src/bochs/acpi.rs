@@ -8,28 +8,20 @@ use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, ONE, Package,
     PackageBuilder, Path, ResourceTemplate, Scope, ZERO,
 };
-use acpi_tables::sdt::Sdt;
 
+use crate::acpi::{HEADER, finish, table};
 use crate::senter::vt_d;
 
-const OEM_ID: [u8; 6] = *b"CORDON";
-const OEM_TABLE: [u8; 8] = *b"BENCH   ";
 /// Where OVMF puts the power management block.
 const PM_BASE: u32 = 0xb000;
 const IO_APIC: u32 = 0xfec0_0000;
 const TPM: u32 = 0xfed4_0000;
 const LOCAL_APIC: u32 = 0xfee0_0000;
-/// Length of a table's header.
-const HEADER: u32 = 36;
 
 /// All tables, one behind the other.
 pub fn tables(cpus: u32) -> Vec<u8> {
     // The firmware puts the address of the one into the other in whichever order they come.
     [dsdt(), fadt(), madt(cpus), tpm2(), dmar()].concat()
-}
-
-fn table(signature: [u8; 4], length: u32, revision: u8) -> Sdt {
-    Sdt::new(signature, length, revision, OEM_ID, OEM_TABLE, 1)
 }
 
 /// One PCI bus, whose interrupt pins lead to the I/O APIC's inputs 16 to 19, and how to turn the machine off.
@@ -145,11 +137,6 @@ pub fn dmar() -> Vec<u8> {
     let mut table = table(*b"DMAR", HEADER, 1);
     table.append_slice(&vt_d::structures());
     finish(table)
-}
-
-fn finish(mut table: Sdt) -> Vec<u8> {
-    table.update_checksum();
-    table.as_slice().to_vec()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What the guest has of firmware: policies by service and variable, writes that wait, SMIs, and the record of it all.
 
 mod clients;
+mod handlers;
 mod relaunch;
 
 use std::io::Write;
