@@ -138,6 +138,7 @@ fn refused(wrong: Fault, class: u32) -> (String, Vec<u64>) {
 }
 
 #[test]
+#[ignore = "takes a minute"]
 fn page_tables_out_of_order_are_refused() {
     let (text, numbers) = refused(Fault::MleTables, 0x10);
     assert_eq!(text, "page at #: not above the one before, at #");
@@ -145,6 +146,7 @@ fn page_tables_out_of_order_are_refused() {
 }
 
 #[test]
+#[ignore = "takes a minute"]
 fn a_page_of_the_mle_outside_of_memory_is_refused() {
     let (text, numbers) = refused(Fault::MleHole, 0x10);
     assert_eq!(text, "page at #: not in usable memory, # to # and # to #");
@@ -152,6 +154,7 @@ fn a_page_of_the_mle_outside_of_memory_is_refused() {
 }
 
 #[test]
+#[ignore = "takes a minute"]
 fn a_heap_table_beyond_the_heap_is_refused() {
     let (text, numbers) = refused(Fault::HeapSize, 9);
     assert_eq!(text, "OsMleData: size #, not a multiple of 8 from 8 to #");
@@ -160,6 +163,7 @@ fn a_heap_table_beyond_the_heap_is_refused() {
 }
 
 #[test]
+#[ignore = "takes a minute"]
 fn an_mle_outside_of_the_protected_range_is_refused() {
     let (text, numbers) = refused(Fault::PmrUncovering, 0xe);
     assert_eq!(text, "page tables at #: not in the protected range, # bytes at #");
@@ -180,6 +184,7 @@ fn a_processor_that_does_not_join_ends_the_launch() {
 }
 
 #[test]
+#[ignore = "takes a minute"]
 fn an_earlier_error_is_told_and_does_not_hinder_the_launch() {
     let mut machine = start(&fault(Fault::StaleError));
     let told = format!(
