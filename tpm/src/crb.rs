@@ -2,12 +2,11 @@
 //!
 //! Spec: \[PTP\] "CRB Interface".
 
-use hv::io::{Clock, Mmio};
+use hv::io::{Clock, Mmio, TimedOut, poll_until};
 
 use crate::error::{Error, Wait};
 use crate::transport::{
-    BASE, Chip, Contention, Locality, TIMEOUT_A, TIMEOUT_B, TIMEOUT_C, TIMEOUT_COMMAND, WINDOW_SIZE,
-    response_size,
+    BASE, Chip, Contention, Locality, TIMEOUT_A, TIMEOUT_B, TIMEOUT_C, WINDOW_SIZE, response_size,
 };
 
 const LOC_STATE: u32 = 0x00;
@@ -78,21 +77,47 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         self.set_crb(locality, LOC_CTRL, LOC_RELINQUISH);
     }
 
-    pub(crate) fn crb_execute(
-        &self,
-        locality: Locality,
-        command: &[u8],
-        response: &mut [u8],
-    ) -> Result<usize, Error> {
+    pub(crate) fn crb_start(&self, locality: Locality, command: &[u8]) -> Result<(), Error> {
         if self.crb(locality, CTRL_STS) & STS_IDLE == 0 {
             // Somebody left the TPM between two commands; not every chip goes on from there.
             self.crb_go(locality, REQ_IDLE)?;
         }
-        let result =
-            self.crb_go(locality, REQ_READY).and_then(|()| self.crb_exchange(locality, command, response));
+        let started = self.crb_go(locality, REQ_READY).and_then(|()| self.crb_send(locality, command));
+        if started.is_err() {
+            self.crb_idle(locality);
+        }
+        started
+    }
+
+    /// Whether there is a response.
+    pub(crate) fn crb_ended(&self, locality: Locality) -> bool {
+        self.crb(locality, CTRL_START) & 1 == 0
+    }
+
+    /// Reads the response if the command has `ended`, and cancels it otherwise.
+    pub(crate) fn crb_end(
+        &self,
+        locality: Locality,
+        ended: bool,
+        response: &mut [u8],
+    ) -> Result<usize, Error> {
+        let result = match ended {
+            true => self.crb_receive(locality, response),
+            false => {
+                self.set_crb(locality, CTRL_CANCEL, 1);
+                // Cancelled or not, the command has failed.
+                let _: Result<(), TimedOut> = poll_until(&self.clock, TIMEOUT_B, || self.crb_ended(locality));
+                self.set_crb(locality, CTRL_CANCEL, 0);
+                Err(Error::Timeout(Wait::Response))
+            }
+        };
+        self.crb_idle(locality);
+        result
+    }
+
+    fn crb_idle(&self, locality: Locality) {
         // The command's own outcome counts; the next command's idle request reports a chip that hangs here.
         let _: Result<(), Error> = self.crb_go(locality, REQ_IDLE);
-        result
     }
 
     /// Asks for a change of state, which the TPM has made once it clears the bit.
@@ -121,7 +146,7 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
             .ok_or(Error::Buffer { address: u32::try_from(address).unwrap_or(u32::MAX), size })
     }
 
-    fn crb_exchange(&self, locality: Locality, command: &[u8], response: &mut [u8]) -> Result<usize, Error> {
+    fn crb_send(&self, locality: Locality, command: &[u8]) -> Result<(), Error> {
         let at = self.crb_buffer(locality, CMD_ADDR_LOW, CMD_ADDR_HIGH, CMD_SIZE)?;
         let limit = self.crb(locality, CMD_SIZE);
         let size = u32::try_from(command.len()).unwrap_or(u32::MAX);
@@ -132,15 +157,10 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
             self.mmio.write8(offset, *byte);
         }
         self.set_crb(locality, CTRL_START, 1);
-        let ended =
-            |limit| self.wait(Wait::Response, limit, locality.page() | CTRL_START, |start| start & 1 == 0);
-        if let Err(timeout) = ended(TIMEOUT_COMMAND) {
-            self.set_crb(locality, CTRL_CANCEL, 1);
-            // Cancelled or not, the command has failed.
-            let _: Result<u32, Error> = ended(TIMEOUT_B);
-            self.set_crb(locality, CTRL_CANCEL, 0);
-            return Err(timeout);
-        }
+        Ok(())
+    }
+
+    fn crb_receive(&self, locality: Locality, response: &mut [u8]) -> Result<usize, Error> {
         self.crb_check(locality)?;
         let at = self.crb_buffer(locality, RSP_ADDR_LOW, RSP_ADDR_HIGH, RSP_SIZE)?;
         let limit = usize::try_from(self.crb(locality, RSP_SIZE)).unwrap_or(usize::MAX);

@@ -6,7 +6,7 @@ use hv::io::{Clock, Mmio, TimedOut, poll_until};
 
 use crate::error::{Error, Flow, Wait};
 use crate::transport::{
-    Chip, Contention, Locality, TIMEOUT_A, TIMEOUT_B, TIMEOUT_C, TIMEOUT_COMMAND, TIMEOUT_D, response_size,
+    Chip, Contention, Locality, TIMEOUT_A, TIMEOUT_B, TIMEOUT_C, TIMEOUT_D, response_size,
 };
 
 const ACCESS: u32 = 0x00;
@@ -82,21 +82,30 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
         self.mmio.write8(locality.page() | ACCESS, ACCESS_ACTIVE);
     }
 
-    pub(crate) fn fifo_execute(
+    pub(crate) fn fifo_start(&self, locality: Locality, command: &[u8]) -> Result<(), Error> {
+        let page = locality.page();
+        let started = self.fifo_ready(page).and_then(|()| self.fifo_send(page, command));
+        // The command ends if it did not begin.
+        self.fifo_write_sts(page, if started.is_ok() { STS_GO } else { STS_READY });
+        started
+    }
+
+    /// Whether there is a response.
+    pub(crate) fn fifo_ended(&self, locality: Locality) -> bool {
+        let sts = self.mmio.read32(locality.page() | STS);
+        sts & STS_VALID != 0 && sts & STS_DATA != 0
+    }
+
+    /// Reads the response if the command has `ended`, and gives it up otherwise.
+    pub(crate) fn fifo_end(
         &self,
         locality: Locality,
-        command: &[u8],
+        ended: bool,
         response: &mut [u8],
     ) -> Result<usize, Error> {
         let page = locality.page();
-        let result = self.fifo_ready(page).and_then(|()| {
-            self.fifo_send(page, command)?;
-            self.fifo_write_sts(page, STS_GO);
-            self.wait(Wait::Response, TIMEOUT_COMMAND, page | STS, |sts| {
-                sts & STS_VALID != 0 && sts & STS_DATA != 0
-            })?;
-            self.fifo_receive(page, response)
-        });
+        let result =
+            if ended { self.fifo_receive(page, response) } else { Err(Error::Timeout(Wait::Response)) };
         // Ends the command, also one that hangs: the next user finds the TPM idle.
         self.fifo_write_sts(page, STS_READY);
         result

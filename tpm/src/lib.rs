@@ -32,5 +32,5 @@ pub use creation::Ticket;
 pub use error::{Error, Field, Flow, Wait};
 pub use hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks, digest_of};
 pub use log::{Event, Log, LogError, LogWriter};
-pub use tpm::Tpm;
+pub use tpm::{Extending, Tpm};
 pub use transport::{BASE, Contention, Locality, WINDOW_SIZE};

@@ -9,7 +9,7 @@ use crate::command::{
 use crate::error::{Error, Field};
 use crate::hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks};
 use crate::log::LogWriter;
-use crate::transport::{Chip, Contention, Locality};
+use crate::transport::{Chip, Contention, Locality, Sent};
 
 /// A PCR that every allocated bank has, for a look at its digest size.
 const PCR_OF_EVERY_BANK: u32 = 0;
@@ -19,6 +19,12 @@ pub struct Tpm<M, C> {
     chip: Chip<M, C>,
     banks: Banks,
     sha256: Sha256Blocks,
+}
+
+/// An extend that the TPM works on.
+pub struct Extending {
+    command: Command,
+    sent: Sent,
 }
 
 impl<M: Mmio, C: Clock> Tpm<M, C> {
@@ -101,11 +107,38 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
     /// [`Error::Digests`] when `digests` are not those of the active banks. After a
     /// [`Error::Timeout`] or [`Error::Flow`] the PCR may or may not have been extended.
     pub fn extend(&mut self, pcr: u32, digests: &Digests) -> Result<(), Error> {
+        let mut extending = self.begin_extend(pcr, digests)?;
+        while !self.is_extended(&mut extending)? {
+            self.chip.clock.relax();
+        }
+        Ok(())
+    }
+
+    /// Begins what [`Tpm::extend`] does, for a caller with other things to do until [`Tpm::is_extended`] says that it is done. The
+    /// locality has to be held all the time, and no other command sent.
+    ///
+    /// # Errors
+    /// As for [`Tpm::extend`].
+    pub fn begin_extend(&mut self, pcr: u32, digests: &Digests) -> Result<Extending, Error> {
         if !digests.are_of(&self.banks) {
             return Err(Error::Digests);
         }
         let command = command::pcr_extend(pcr, digests.as_slice())?;
-        self.run(CC_PCR_EXTEND, &command, |_| Ok(()))
+        let sent = self.chip.send(&command)?;
+        Ok(Extending { command, sent })
+    }
+
+    /// Whether the TPM has extended; it works on it otherwise.
+    ///
+    /// # Errors
+    /// As for [`Tpm::extend`]; it is over then.
+    pub fn is_extended(&mut self, extending: &mut Extending) -> Result<bool, Error> {
+        let Extending { command, sent } = extending;
+        match self.chip.poll(sent, command, &mut [0; RESPONSE_MAX])? {
+            None => Ok(false),
+            Some((_, 0)) => Ok(true),
+            Some((_, rc)) => Err(Error::Refused { command: CC_PCR_EXTEND, rc }),
+        }
     }
 
     /// Extends `pcr` with `digests` and appends the event to `log`.

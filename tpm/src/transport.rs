@@ -84,6 +84,14 @@ enum Kind {
     Crb,
 }
 
+/// A command that was sent.
+pub(crate) struct Sent {
+    /// When it was sent first.
+    since_us: u64,
+    /// When to send it again; 0 while the TPM works on it.
+    again_us: u64,
+}
+
 /// The TPM's registers.
 pub(crate) struct Chip<M, C> {
     pub(crate) mmio: M,
@@ -143,22 +151,67 @@ impl<M: Mmio, C: Clock> Chip<M, C> {
     /// Sends a command until the TPM gives it a final answer; that is in `response` then, `.0` bytes
     /// long, with response code `.1`.
     pub(crate) fn transact(&self, command: &[u8], response: &mut [u8]) -> Result<(usize, u32), Error> {
-        let locality = self.held.ok_or(Error::LocalityNotHeld)?;
-        let start = self.clock.now_us();
+        let mut sent = self.send(command)?;
         loop {
-            let size = match self.kind {
-                Kind::Fifo => self.fifo_execute(locality, command, response)?,
-                Kind::Crb => self.crb_execute(locality, command, response)?,
-            };
-            let rc = response_code(response.get(..size).unwrap_or_default())?;
-            let spent = self.clock.now_us().saturating_sub(start);
-            if rc == RC_INITIALIZE {
-                return Err(Error::NotStarted);
+            if let Some(answer) = self.poll(&mut sent, command, response)? {
+                return Ok(answer);
             }
-            if !RC_AGAIN.contains(&rc) || spent > TIMEOUT_COMMAND {
-                return Ok((size, rc));
+            self.clock.relax();
+        }
+    }
+
+    /// Sends a command and does not wait: [`Chip::poll`] brings the answer. The locality stays held until then.
+    pub(crate) fn send(&self, command: &[u8]) -> Result<Sent, Error> {
+        let since_us = self.clock.now_us();
+        self.start(command)?;
+        Ok(Sent { since_us, again_us: 0 })
+    }
+
+    /// The final answer to a command, as of [`Chip::transact`]; none while the TPM works on it. It is sent again when the TPM asks
+    /// for that. An error ends it.
+    pub(crate) fn poll(
+        &self,
+        sent: &mut Sent,
+        command: &[u8],
+        response: &mut [u8],
+    ) -> Result<Option<(usize, u32)>, Error> {
+        let locality = self.held.ok_or(Error::LocalityNotHeld)?;
+        // Before the look: a stalled CPU does not turn an answer into a timeout.
+        let now_us = self.clock.now_us();
+        let in_time = now_us.saturating_sub(sent.since_us) <= TIMEOUT_COMMAND;
+        if sent.again_us != 0 {
+            if now_us >= sent.again_us {
+                sent.again_us = 0;
+                self.start(command)?;
             }
-            let _: Result<(), TimedOut> = poll_until(&self.clock, RETRY_PAUSE, || false);
+            return Ok(None);
+        }
+        let ended = match self.kind {
+            Kind::Fifo => self.fifo_ended(locality),
+            Kind::Crb => self.crb_ended(locality),
+        };
+        let size = match self.kind {
+            _ if !ended && in_time => return Ok(None),
+            Kind::Fifo => self.fifo_end(locality, ended, response)?,
+            Kind::Crb => self.crb_end(locality, ended, response)?,
+        };
+        match response_code(response.get(..size).unwrap_or_default())? {
+            RC_INITIALIZE => Err(Error::NotStarted),
+            rc if in_time && RC_AGAIN.contains(&rc) => {
+                sent.again_us = now_us.saturating_add(RETRY_PAUSE);
+                Ok(None)
+            }
+            rc => Ok(Some((size, rc))),
+        }
+    }
+
+    /// One copy of it in an image: it is long, and there are two callers.
+    #[inline(never)]
+    fn start(&self, command: &[u8]) -> Result<(), Error> {
+        let locality = self.held.ok_or(Error::LocalityNotHeld)?;
+        match self.kind {
+            Kind::Fifo => self.fifo_start(locality, command),
+            Kind::Crb => self.crb_start(locality, command),
         }
     }
 
