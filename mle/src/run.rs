@@ -13,6 +13,7 @@ use spin::Mutex;
 use crate::apic::{Command, ICR_HIGH, Xapic};
 use crate::backend::Vcpu;
 use crate::cpu::{self, Cpu};
+use crate::exposure::Settled;
 use crate::guest::exits::{self, Next};
 use crate::guest::windows::{Collected, Registers, Windows};
 use crate::guest::{ends, ports as guarded};
@@ -139,9 +140,11 @@ pub fn guest(
                 continue;
             }
         }
-        // These two come again, and are what a guest has of exits while firmware is called: its interrupts do not wait for a look.
+        // These two come again, and are what a guest has of exits while firmware is called: its interrupts do not wait for a look
+        // or a measurement.
         let comes_again = matches!(exit, Exit::Cpuid | Exit::Hypercall);
-        if comes_again && smi::look_on(|| local.id(), clock) {
+        let works = || smi::look_on(|| local.id(), clock) || exposure::settle_on(clock) == Settled::Working;
+        if comes_again && works() {
             continue;
         }
         match exits::answer(&mut **vcpu, exit, cpu, |page| windows.watched(page)) {
@@ -227,10 +230,10 @@ pub fn guest(
             }
             _ => {}
         }
-        // What waits for the guest's own use of the TPM is tried again at the next exit.
         dma::settle(|| local.id(), clock);
-        let _ = exposure::settle(clock);
         if !comes_again {
+            // What waits for the guest's own use of the TPM is tried again at the next exit.
+            exposure::settle(clock);
             smi::look_if_owed(|| local.id(), clock);
         }
     }

@@ -50,6 +50,13 @@ pub struct Counters {
     pub late: u64,
 }
 
+impl Counters {
+    /// The first so many records wait no more: they are measured or lost.
+    pub fn settled(&self) -> u64 {
+        self.records.saturating_sub(self.pending)
+    }
+}
+
 /// The exposure log, of which `N` bytes are for what was measured. Made to be a `static`: it is large, and empty it is all
 /// zeros, which take no room in an image.
 pub struct ExposureLog<const N: usize = DEFAULT_SIZE> {
@@ -197,7 +204,12 @@ impl<const N: usize> ExposureLog<N> {
         self.sealed = Sealed { records, bytes: self.filled, late: self.late };
         // The buffer begins with room for it.
         let _ = header.write_to_prefix(&mut self.pending);
-        self.pending.get(..HEADER.saturating_add(self.filled))
+        Some(self.sealed())
+    }
+
+    /// The bytes of the batch that was sealed last and is not in the PCR. Records that come meanwhile change nothing of it.
+    pub fn sealed(&self) -> &[u8] {
+        self.pending.get(..HEADER.saturating_add(self.sealed.bytes)).unwrap_or_default()
     }
 
     /// The sealed batch is in the PCR with these digests: it goes into the log, and its records wait no more.

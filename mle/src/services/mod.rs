@@ -278,8 +278,8 @@ impl Services {
         loop {
             let next = match phase {
                 Phase::Running(job) => self.run_firmware(&call, job, cpu, vcpu, local, ports),
-                Phase::Leaving(job) => match exposure::flush(&self.parts.clock) {
-                    Settled::Wait => Err(Phase::Leaving(job)),
+                Phase::Leaving(job) => match exposure::flush_on(&self.parts.clock) {
+                    Settled::Wait | Settled::Working => Err(Phase::Leaving(job)),
                     Settled::Late => Ok(Phase::Answered(Status::DEVICE_ERROR)),
                     Settled::Measured if self.leaves_too_long(&call) => Ok(self.stays(&call)),
                     Settled::Measured => {
@@ -288,20 +288,20 @@ impl Services {
                     }
                 },
                 Phase::Returned(..) | Phase::Answered(_) if smi::look_waits(&self.parts.clock) => Err(phase),
-                Phase::Returned(job, rax) => match exposure::settle(&self.parts.clock) {
-                    Settled::Wait => Err(Phase::Returned(job, rax)),
+                Phase::Returned(job, rax) => match exposure::settle_on(&self.parts.clock) {
+                    Settled::Wait | Settled::Working => Err(Phase::Returned(job, rax)),
                     Settled::Measured | Settled::Late => Ok(self.give(&call, job, rax, vcpu)),
                 },
-                Phase::Answered(status) => match exposure::settle(&self.parts.clock) {
-                    Settled::Wait => Err(Phase::Answered(status)),
+                Phase::Answered(status) => match exposure::settle_on(&self.parts.clock) {
+                    Settled::Wait | Settled::Working => Err(Phase::Answered(status)),
                     Settled::Measured | Settled::Late => {
                         finish(vcpu, status);
                         return Next::Resume;
                     }
                 },
                 Phase::Unlocking(services) => self.unlock(services),
-                Phase::Resetting(kind) => match exposure::flush(&self.parts.clock) {
-                    Settled::Wait => Err(Phase::Resetting(kind)),
+                Phase::Resetting(kind) => match exposure::flush_on(&self.parts.clock) {
+                    Settled::Wait | Settled::Working => Err(Phase::Resetting(kind)),
                     Settled::Measured | Settled::Late => {
                         self.end(cpu, local, ports);
                         return Next::Reset(kind);
@@ -441,7 +441,7 @@ impl Services {
     /// Opens what the guest asked for, once its wish is in the PCRs.
     fn unlock(&mut self, services: Unlocked) -> Result<Phase, Phase> {
         let pcr = self.parts.unlock_pcr;
-        let mut measured = exposure::flush(&self.parts.clock);
+        let mut measured = exposure::flush_on(&self.parts.clock);
         if measured == Settled::Measured && (pcr != PCR_EXPOSURE || !exposure::measures()) {
             let mut text = String::<256>::new();
             // The fourteen names take 215 bytes.
@@ -449,7 +449,7 @@ impl Services {
             measured = exposure::extend(pcr, text.as_bytes());
         }
         match measured {
-            Settled::Wait => Err(Phase::Unlocking(services)),
+            Settled::Wait | Settled::Working => Err(Phase::Unlocking(services)),
             Settled::Late => Ok(Phase::Answered(Status::DEVICE_ERROR)),
             Settled::Measured => {
                 self.parts.gate.unlock(services);
