@@ -6,7 +6,7 @@
 use core::fmt;
 
 use hv::addr::{PAGE_SIZE, PhysRange};
-use hv::io::{Msr, PhysMem};
+use hv::io::{Clock, Mmio, Msr, PhysMem};
 use hv::launch::{
     Blob, CordonEntry, FLAG_RESUME, MLE_VERSION, MleHeader, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE,
     SLB_IMAGE_MAX, SLB_SLRT_POINTER_OFFSET, policy_entries,
@@ -16,10 +16,10 @@ use hv::slrt::{
     ARCH_SKINIT, Builder, DlInfo, LOG_FORMAT_TPM2, LogInfo, SlrtError, TAG_CORDON, TAG_DL_INFO, TAG_LOG_INFO,
     entry_header,
 };
-use tpm::{Contention, Locality, Sha256Blocks, Tpm};
+use tpm::{Contention, Locality, Sha256Blocks, Ticket, Tpm};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::digest::Hash;
+use super::digest::{Digest, Hash};
 use super::edge::{self, Context};
 use super::{Answer, Block, Error, Header, MAGIC, RAM_MAX, Step, Took, at, ticks};
 use crate::apic::{self, Xapic};
@@ -307,18 +307,16 @@ impl Leaving<'_> {
         memory::copy(mem, header.region, &block.copy)
             .map_err(|range| Error::Unreadable { address: range.start() })?;
         hash.write(&header, block, mem)?;
+        let root = hash.root(&header, block, mem)?;
         answer.note(Step::Digests, ticks());
 
         // SAFETY: the TPM's pages are mapped; its other user, the exposure log, has released it and does not run.
         let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
         let mut tpm = Tpm::open(window, self.plan.clock, Locality::Two, Contention::SHARED)?;
-        let vouched = self.plan.vouch(&mut tpm, &header);
-        if let Ok(ticket) = vouched {
-            (answer.ticket_size, answer.ticket) = (ticket.size, ticket.digest);
-            tpm.cap(&[PCR_CODE, PCR_CONFIG, PCR_FIRMWARE, PCR_EXPOSURE]).map_err(Error::Cap)?;
-        }
+        let ticket = end_launch(&mut tpm, &header, &root);
         tpm.release();
-        vouched?;
+        let ticket = ticket?;
+        (answer.ticket_size, answer.ticket) = (ticket.size, ticket.digest);
         answer.note(Step::Vouched, ticks());
         write(at::HEADER, header.as_bytes())?;
         answer.write(block, mem);
@@ -326,13 +324,20 @@ impl Leaving<'_> {
     }
 }
 
-impl Plan {
-    fn vouch(&self, tpm: &mut Tpm<PhysWindow, TscClock>, header: &Header) -> Result<tpm::Ticket, Error> {
-        let root = self.hash.root(header, &self.block, &self.mem)?;
-        // From now on nothing that was vouched for in an earlier round is good.
-        tpm.extend(header.pcr as u32, &tpm.digests_of(header.round.as_bytes()))?;
-        Ok(tpm.vouch(&header.pcrs(), &root)?)
-    }
+/// Has the TPM note `root` as this launch's word, and ends the launch's PCRs.
+///
+/// # Errors
+/// [`Error::Cap`]: some of them may have ended. Any other: none has.
+pub(super) fn end_launch<M: Mmio, C: Clock>(
+    tpm: &mut Tpm<M, C>,
+    header: &Header,
+    root: &Digest,
+) -> Result<Ticket, Error> {
+    // From now on nothing that was vouched for in an earlier round is good.
+    tpm.extend(header.pcr as u32, &tpm.digests_of(header.round.as_bytes()))?;
+    let ticket = tpm.vouch(&header.pcrs(), root)?;
+    tpm.cap(&[PCR_CODE, PCR_CONFIG, PCR_FIRMWARE, PCR_EXPOSURE]).map_err(Error::Cap)?;
+    Ok(ticket)
 }
 
 impl Leaving<'_> {

@@ -298,6 +298,13 @@ pub enum Error {
     Tables(hv::radix::Error),
 }
 
+impl Error {
+    /// Whether the launch in which a round began cannot go on either: the TPM may not vouch for it any more.
+    pub fn ends_launch(&self) -> bool {
+        matches!(self, Self::Cap(_))
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("relaunch: ")?;

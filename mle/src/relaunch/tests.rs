@@ -1,8 +1,11 @@
 //! The hand-over against a gap that may change every bit of it. What the TPM knows of the root is tested in `tpm`.
 
 use proptest::prelude::*;
+use tpm::model::{FakeTpm, Fifo, Ticks};
+use tpm::{Bank, Contention, HashAlg, Locality, Tpm};
 
 use super::digest::{Digest, Hash};
+use super::leave::end_launch;
 use super::*;
 use crate::fake::Ram;
 
@@ -182,6 +185,52 @@ fn memory_that_is_not_there_ends_it() {
     let room = CHUNKS_MAX as u64 * 2 * MIB;
     header.ram[1] = [room, 2 * room];
     assert_eq!(hash.root(&header, &block, &mem), Err(Error::TooMuch));
+}
+
+/// Codes of the commands that end a launch, in their order: the round's PCR, what the TPM notes, and the four PCRs.
+const ENDING: [u32; 8] = [0x182, 0x181, 0x131, 0x165, 0x182, 0x182, 0x182, 0x182];
+/// Of them, those after which there is a ticket.
+const CAPS: core::ops::Range<usize> = 4..8;
+
+/// Ends a launch with a TPM that refuses the `refused`th command; and what it was sent.
+fn end(refused: Option<usize>) -> (Result<tpm::Ticket, Error>, Vec<u32>) {
+    let fifo = Fifo::new(FakeTpm::new(&[Bank::computed(HashAlg::SHA256).unwrap()]));
+    let mut tpm = Tpm::open(fifo.clone(), Ticks::default(), Locality::Two, Contention::LAUNCH).unwrap();
+    let mut number = 0..;
+    fifo.state().tpm.remote = Some(Box::new(move |_, command| {
+        let code = command[6..10].to_vec();
+        let (rc, body) = match u32::from_be_bytes(code.try_into().unwrap()) {
+            _ if number.next() == refused => (0x101_u32, vec![]),
+            // Each has the fields that count, and zeros.
+            0x181 => (0, [vec![0; 16], vec![0, 0, 0, 1], vec![0; 5]].concat()),
+            0x131 => (0, [vec![0; 14], vec![0x80, 0x21, 0x40, 0, 0, 7, 0, 2, 0xab, 0xcd]].concat()),
+            _ => (0, vec![]),
+        };
+        let size = 10 + body.len() as u32;
+        [vec![0x80, 1], size.to_be_bytes().to_vec(), rc.to_be_bytes().to_vec(), body].concat()
+    }));
+    let before = fifo.state().tpm.seen.len();
+    let (mem, root) = left();
+    let ended = end_launch(&mut tpm, &Header::read(&block(), &mem).unwrap(), &root);
+    let code = |(_, bytes): &(u8, Vec<u8>)| u32::from_be_bytes(bytes[6..10].try_into().unwrap());
+    let sent = fifo.state().tpm.seen[before..].iter().map(code).collect();
+    (ended, sent)
+}
+
+/// Once a PCR may have ended, the launch must not go on: its guest would have a launch for which no TPM vouches. Before that it
+/// may, and the call alone fails.
+#[test]
+fn a_launch_that_has_begun_to_end_does_not_go_on() {
+    let (ended, sent) = end(None);
+    assert_eq!(ended.map(|ticket| (ticket.size, ticket.digest[0])), Ok((2, 0xab)));
+    assert_eq!(sent, ENDING);
+    for refused in 0..ENDING.len() {
+        let (ended, sent) = end(Some(refused));
+        let error = ended.unwrap_err();
+        assert_eq!(error.ends_launch(), CAPS.contains(&refused), "{refused}: {error}");
+        // One that cannot be capped does not keep the others from it.
+        assert_eq!(sent.len(), if error.ends_launch() { ENDING.len() } else { refused + 1 }, "{refused}");
+    }
 }
 
 proptest! {

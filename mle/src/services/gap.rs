@@ -93,19 +93,7 @@ pub fn relaunch<E: From<Error>>(
 ) -> Result<(), E> {
     let Some(mut services) = SERVICES.get().map(|services| services.lock()) else { return Ok(()) };
     let services = &mut *services;
-    let (call, job) = match services.under_way.take() {
-        Some((call, Phase::Leaving(job))) => (call, job),
-        other => {
-            services.under_way = other;
-            return Ok(());
-        }
-    };
-    if exposure::any_waits() {
-        // Of another CPU, since the announcement was measured. This launch's PCR 22 has to have it: the call goes on, and leaves
-        // again.
-        services.under_way = Some((call, Phase::Leaving(job)));
-        return Ok(());
-    }
+    let Some((call, job)) = leaving(&mut services.under_way, exposure::any_waits()) else { return Ok(()) };
     // It had one when it was admitted.
     let Some(gap) = services.parts.gap_call(&job) else { return Ok(()) };
     cpu.swap_fpu(&mut services.parts.fpu);
@@ -118,8 +106,7 @@ pub fn relaunch<E: From<Error>>(
             exposure::record(&services.record_of(&call, Decision::RELAUNCH, round.rax));
             Phase::Returned(job, round.rax)
         }
-        // Some PCRs may have ended.
-        Err(error @ Error::Cap(_)) => return Err(error.into()),
+        Err(error) if error.ends_launch() => return Err(error.into()),
         Err(error) => {
             let status = Status::DEVICE_ERROR;
             let record = services.record_of(&call, Decision::DENIED, status.0 as u64);
@@ -129,6 +116,18 @@ pub fn relaunch<E: From<Error>>(
     };
     services.under_way = Some((call, phase));
     Ok(())
+}
+
+/// The call that leaves now. With records that wait, none does: another CPU's came since the announcement was measured, and this
+/// launch's PCR 22 has to have it. The call goes on, and leaves again.
+fn leaving<C>(under_way: &mut Option<(C, Phase)>, records_wait: bool) -> Option<(C, Job)> {
+    match under_way.take() {
+        Some((call, Phase::Leaving(job))) if !records_wait => Some((call, job)),
+        other => {
+            *under_way = other;
+            None
+        }
+    }
 }
 
 impl Services {
@@ -142,5 +141,28 @@ impl Services {
         parts.flush_nested();
         parts.relaunched = Some((round.number, round.took));
         Ok(exposure::relaunched(round.number, call.owner, &parts.clock)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_launch_ends_while_a_record_of_another_cpu_waits() {
+        let mut call = Some(("of CPU 0", Phase::Leaving(Job::Update { initiate_reset: false })));
+        exposure::record(&Record::new(Kind::DENIED_MEMORY, 1, 0));
+        assert!(exposure::any_waits());
+        assert!(leaving(&mut call, exposure::any_waits()).is_none());
+        assert!(matches!(call, Some((_, Phase::Leaving(_)))), "it leaves again");
+        // What would have left if nobody had looked.
+        assert!(leaving(&mut call, false).is_some() && call.is_none());
+    }
+
+    #[test]
+    fn only_a_call_that_leaves_ends_a_launch() {
+        let mut call = Some(("of CPU 0", Phase::Answered(Status::SUCCESS)));
+        assert!(leaving(&mut call, false).is_none() && call.is_some());
+        assert!(leaving::<()>(&mut None, false).is_none());
     }
 }
