@@ -30,7 +30,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@                    status (make itself turns any status but 0 into 2, and names it; `bench run` does not)
 #@   MACHINE=amd|intel  QEMU with SVM and SKINIT, or Bochs with VMX and SENTER (amd); a boot of the latter takes minutes
 #@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
-#@   MEM=2048  SMP=2  RAM in MiB, CPUs (SMP=1 with MACHINE=intel)
+#@   MEM=2048  SMP=2  RAM in MiB, CPUs (1 with MACHINE=intel unless SMP says more: each takes the emulator's time from the others)
 #@   TPM=tis|crb      TPM interface (tis)
 #@   BANKS=sha256     active PCR banks of the TPM, e.g. sha1,sha256,sha384,sha512
 #@   FIRMWARE=smm|plain  variables kept in SMM, or in the runtime driver (smm)
