@@ -26,6 +26,11 @@ pub trait Emulator {
     /// Changes physical memory past all that protects it, while the machine stands still.
     fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()>;
 
+    /// The machine's own time since power-on, where it is one of instructions and not the host's.
+    fn emulated_time(&mut self) -> Result<Option<Duration>> {
+        Ok(None)
+    }
+
     /// CPU time of the host that it has used.
     fn cpu_time(&self) -> Result<Duration>;
 

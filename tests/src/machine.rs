@@ -477,6 +477,11 @@ impl Machine {
         self.emulator.write_memory(at, bytes)
     }
 
+    /// Time since power-on: the machine's own where that counts instructions, else the host's.
+    pub fn time(&mut self) -> Result<Duration> {
+        Ok(self.emulator.emulated_time()?.unwrap_or_else(|| self.started.elapsed()))
+    }
+
     /// CPU time of the host that the emulator has used.
     pub fn cpu_time(&self) -> Result<Duration> {
         self.emulator.cpu_time()

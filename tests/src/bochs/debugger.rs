@@ -150,6 +150,12 @@ impl Debugger {
         number.with_context(|| format!("Bochs' debugger: no breakpoint in {list:?}"))
     }
 
+    /// The emulator's clock, which goes on by one with each instruction of a CPU, and as it likes while all are halted.
+    pub fn ticks(&mut self) -> Result<u64> {
+        let reply = self.ask("ptime")?;
+        parse_ticks(&reply).with_context(|| format!("Bochs' debugger: time: {}", reply.trim()))
+    }
+
     /// Takes a breakpoint away.
     pub fn remove(&mut self, number: u32) -> Result<()> {
         self.ask(&format!("d {number}")).map(drop)
@@ -222,6 +228,11 @@ impl Debugger {
         }
         Ok(())
     }
+}
+
+/// What `ptime` said: instructions, on one CPU, since power-on.
+fn parse_ticks(text: &str) -> Option<u64> {
+    text.split_once("ptime: ")?.1.split_whitespace().next()?.parse().ok()
 }
 
 /// What `r` said.
@@ -312,6 +323,12 @@ mod tests {
         let text = "(0) Breakpoint 2, in 0038:000000003d9a1eac ()\nNext at t=1\n";
         assert_eq!(parse_stop(text), Stop::Breakpoint { cpu: 0 });
         assert_eq!(parse_stop("Next at t=5\n(0) [0x1] 2:3 (unk. ctxt): hlt\n"), Stop::Interrupted);
+    }
+
+    #[test]
+    fn time_is_a_number_of_ticks() {
+        assert_eq!(parse_ticks("ptime: 12345678901\n"), Some(12_345_678_901));
+        assert_eq!(parse_ticks("syntax error"), None);
     }
 
     #[test]

@@ -10,9 +10,9 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use hv::failure::Record;
@@ -35,16 +35,19 @@ const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
 const MEMORY: u32 = 4096;
 /// Where the memory ends that the firmware finds.
 pub const LOW_END: u64 = 0xc000_0000;
+/// Instructions in an emulated second. The fewer, the shorter all that waits for time to pass.
+const SECOND: u32 = 10_000_000;
 /// How long a request may take.
 const REQUEST_TIME: Duration = Duration::from_secs(60);
+/// How long the machine may go on after it was interrupted, before it is interrupted again.
+const INTERRUPT_TIME: Duration = Duration::from_secs(2);
 
-/// A machine's configuration. Arrandale has VMX with unrestricted guests, and SMX. Few instructions per emulated second make
-/// all that waits for time to pass short.
+/// A machine's configuration. Arrandale has VMX with unrestricted guests, and SMX.
 fn configuration(spec: &Spec, console: &str, channel: &str) -> String {
     let Spec { memory, cpus, .. } = spec;
     format!(
         "memory: guest={MEMORY}, host={memory}
-cpu: model=corei5_arrandale_m520, count={cpus}, ips=10000000, reset_on_triple_fault=0
+cpu: model=corei5_arrandale_m520, count={cpus}, ips={SECOND}, reset_on_triple_fault=0
 romimage: file={FIRMWARE}
 vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
 display_library: sdl2
@@ -66,6 +69,7 @@ sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
 enum Request {
     Read { at: u64, length: usize, reply: Sender<Result<Vec<u8>>> },
     Write { at: u64, bytes: Vec<u8>, reply: Sender<Result<()>> },
+    Ticks { reply: Sender<Result<u64>> },
 }
 
 /// A Bochs process and the thread that talks to its debugger.
@@ -126,8 +130,15 @@ impl Bochs {
     fn request<T>(&mut self, make: impl FnOnce(Sender<Result<T>>) -> Request) -> Result<T> {
         let (sender, receiver) = channel();
         self.requests.send(make(sender)).ok().context("Bochs' debugger is gone")?;
-        interrupt(self.process.id())?;
-        receiver.recv_timeout(REQUEST_TIME).context("Bochs' debugger does not answer")?
+        let end = Instant::now() + REQUEST_TIME;
+        loop {
+            interrupt(self.process.id())?;
+            match receiver.recv_timeout(INTERRUPT_TIME) {
+                // An interrupt that came while the debugger took a command is forgotten.
+                Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
+                answer => return answer.context("Bochs' debugger does not answer")?,
+            }
+        }
     }
 }
 
@@ -168,6 +179,7 @@ fn drive(mut debugger: Debugger, mut player: Player, requests: &Receiver<Request
             match request {
                 Request::Read { at, length, reply } => drop(reply.send(debugger.read(at, length))),
                 Request::Write { at, bytes, reply } => drop(reply.send(debugger.write(at, &bytes))),
+                Request::Ticks { reply } => drop(reply.send(debugger.ticks())),
             }
         }
         let stop = debugger.run()?;
@@ -217,6 +229,11 @@ impl Emulator for Bochs {
 
     fn write_memory(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
         self.request(|reply| Request::Write { at, bytes: bytes.to_vec(), reply })
+    }
+
+    fn emulated_time(&mut self) -> Result<Option<Duration>> {
+        let ticks = self.request(|reply| Request::Ticks { reply })?;
+        Ok(Some(Duration::from_secs(ticks) / SECOND))
     }
 
     fn cpu_time(&self) -> Result<Duration> {
