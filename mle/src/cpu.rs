@@ -137,8 +137,8 @@ impl Cpu {
     }
 
     /// Turns virtualization off, until this CPU is [`Loaded`] anew, see [`Host::disable`].
-    pub fn leave_virtualization(&mut self) {
-        self.host.disable(&self.msrs);
+    pub fn leave_virtualization(&mut self) -> bool {
+        self.host.disable(&self.msrs, self.arrived)
     }
 
     /// Runs the guest until it exits.

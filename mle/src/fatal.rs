@@ -10,6 +10,7 @@ use hv::failure::{MleError, Record, Stage};
 
 use crate::metal::{Ports, Serial};
 use crate::senter;
+use crate::smp::Met;
 use crate::trap::Frame;
 
 /// A second failure while the first is being handled resets at once.
@@ -34,14 +35,23 @@ pub fn give_up(record: Record, why: fmt::Arguments<'_>) -> ! {
     reset(ports)
 }
 
-/// Ends the launch as the guest wants it, or has it coming: says `why`, caps the PCRs, resets.
-pub fn end_by_guest(ports: Ports, why: fmt::Arguments<'_>) -> ! {
-    if !STOPPING.swap(true, Ordering::AcqRel) {
-        let _ = writeln!(Serial(ports), "cordon: guest ends: {why}");
-        crate::measure::cap();
-        senter::end::leave();
+/// Ends the launch as the guest wants it, or has it coming: says `why`, caps the PCRs, has all CPUs `meet` after SENTER, resets.
+pub fn end_by_guest(ports: Ports, why: fmt::Arguments<'_>, meet: impl FnOnce() -> Option<Met>) -> ! {
+    if STOPPING.swap(true, Ordering::AcqRel) {
+        reset(ports)
     }
-    reset(ports)
+    let _ = writeln!(Serial(ports), "cordon: guest ends: {why}");
+    crate::measure::cap();
+    end(if senter::launched() { meet() } else { None })
+}
+
+/// Ends a launch whose PCRs are capped: in order, if all CPUs have met, and by a reset in any case.
+pub fn end(met: Option<Met>) -> ! {
+    if let Some(met) = met {
+        senter::end::leave(met);
+    }
+    // SAFETY: only images call this, at CPL 0; whoever used the ports is not coming back.
+    reset(unsafe { Ports::new() })
 }
 
 /// Handler of the MLE's own exceptions.

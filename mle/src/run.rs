@@ -1,6 +1,6 @@
 //! The run loop of a guest CPU.
 
-use core::fmt::Write;
+use core::fmt::{self, Write};
 use core::mem::replace;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -104,6 +104,18 @@ pub fn write_refusals(out: &mut impl Write) {
     }
 }
 
+/// Ends the launch for the guest, on whichever CPU that shows.
+fn end(
+    cpu: &mut Cpu,
+    local: &Xapic<PhysWindow>,
+    clock: &TscClock,
+    ports: Ports,
+    index: usize,
+    why: fmt::Arguments<'_>,
+) -> ! {
+    fatal::end_by_guest(ports, why, || smp::meet(index, cpu, local, clock))
+}
+
 /// Runs the guest on this CPU until it sends INIT to it; on the first CPU, until the launch has to be done again for a firmware call.
 pub fn guest(
     cpu: &mut Cpu,
@@ -184,13 +196,13 @@ pub fn guest(
             }
             Next::Init if cpu.redirects_init() => cpu.let_pending_in(),
             // It cannot be dropped, and the Startup IPI behind it must not start the CPU past the MLE.
-            Next::Init => fatal::end_by_guest(ports, format_args!("INIT to CPU {index}")),
+            Next::Init => end(cpu, local, clock, ports, index, format_args!("INIT to CPU {index}")),
             Next::Firmware => match services::call(cpu, vcpu, local, ports) {
                 services::Next::Resume => {}
                 services::Next::Relaunch => smp::want(index, cpu, local, clock),
                 // A shutdown is a reset too: what powers this machine off is known to ACPI, not to us.
                 services::Next::Reset(kind) => {
-                    fatal::end_by_guest(ports, format_args!("ResetSystem, {kind:?}"))
+                    end(cpu, local, clock, ports, index, format_args!("ResetSystem, {kind:?}"))
                 }
             },
             Next::Port { .. } => {
@@ -207,7 +219,7 @@ pub fn guest(
             }
             Next::Shutdown => {
                 services::end_of_guest(cpu, local, ports);
-                fatal::end_by_guest(ports, format_args!("triple fault on CPU {index}"))
+                end(cpu, local, clock, ports, index, format_args!("triple fault on CPU {index}"))
             }
             Next::Fatal(exit) => {
                 let why = format_args!("guest exit: {exit}; {}", cpu::describe(vcpu));

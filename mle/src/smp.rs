@@ -26,7 +26,7 @@ use hv::vcpu::Role;
 use spin::Mutex;
 use zerocopy::{Immutable, IntoBytes};
 
-pub use self::gather::{reset_others, scatter, want};
+pub use self::gather::{Met, meet, reset_others, scatter, want};
 use crate::apic::{Command, ICR_HIGH, Xapic, delivery};
 use crate::backend::{Vcpu, Vm};
 use crate::cpu::{Cpu, CpuMemory, Loaded};
@@ -516,6 +516,9 @@ pub fn before_run(
         return true;
     }
     if index == 0 {
+        if gather::ends() {
+            fatal::end(meet(index, cpu, local, clock));
+        }
         if gather::alone(cpu, local, clock) {
             return true;
         }

@@ -33,6 +33,7 @@ pub mod rounds;
 pub mod run_dir;
 pub mod senter;
 pub mod skinit;
+pub mod small_kernel;
 pub mod stage;
 pub mod storm;
 pub mod swtpm;

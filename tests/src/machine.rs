@@ -393,14 +393,23 @@ impl Machine {
 
     /// Waits until `find` finds something on the console.
     pub fn wait_console<T>(&mut self, find: impl Fn(&str) -> Option<T>) -> Result<T> {
+        self.wait_for("its console output", |machine| find(&machine.console()))
+    }
+
+    /// Waits until the MLE has left by SEXIT, on a machine with TXT. Gives whether it did so with secrets.
+    pub fn wait_sexit(&mut self) -> Result<bool> {
+        self.wait_for("SEXIT", |machine| machine.senter()?.exited)
+    }
+
+    fn wait_for<T>(&mut self, what: &str, find: impl Fn(&Self) -> Option<T>) -> Result<T> {
         let end = Instant::now() + self.timeout;
         loop {
-            if let Some(found) = find(&self.console()) {
+            if let Some(found) = find(self) {
                 return Ok(found);
             }
-            if let Err(ended) = self.check_alive::<()>("its console output", &Wait::Pending, end) {
-                // It may have been the last thing that was said.
-                return find(&self.console()).ok_or(ended);
+            if let Err(ended) = self.check_alive::<()>(what, &Wait::Pending, end) {
+                // It may have been the last thing that it did.
+                return find(self).ok_or(ended);
             }
             std::thread::sleep(Duration::from_millis(100));
         }

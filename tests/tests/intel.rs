@@ -6,8 +6,9 @@ use std::time::Duration;
 use hv::failure::{self, Record, SenterError};
 use tests::machine::{Board, Boot, Machine, Spec};
 use tests::senter::{self, Fault, STALE_ERROR, layout as at, probe, vt_d};
+use tests::small_kernel::Course;
 use tests::stage::Stage;
-use tests::{images, predict};
+use tests::{images, predict, small_kernel};
 
 fn start(spec: &Spec) -> Machine {
     images::build().expect("images");
@@ -208,6 +209,41 @@ fn a_dmar_that_changes_after_senter_is_not_used() {
     let mut registers = |base| machine.memory(base, 0x100).expect("memory");
     assert_eq!(registers(vt_d::BASE)[0x1f] >> 7, 1, "translation enabled, in the status register");
     assert_eq!(registers(elsewhere), [0; 0x100]);
+}
+
+/// Has a guest stop its CPU `who`, and the MLE end the launch in order: by SEXIT, which wants all CPUs outside of VMX operation and in
+/// no wait for a Startup IPI, without secrets.
+fn leaves(course: Course, who: u32) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name, bytes: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, bytes).expect("a file");
+        path
+    };
+    let kernel = file("kernel", &small_kernel::image(course));
+    let mut machine = start(&Spec { kernel, initrd: file("initrd", &[0; 512]), ..cordon_spec() });
+    let secrets = machine.wait_sexit();
+    assert!(!expect(&machine, secrets));
+    let why = format!("cordon: guest ends: triple fault on CPU {who}");
+    assert!(machine.console().contains(&why), "{}", machine.console());
+}
+
+#[test]
+#[ignore = "takes two minutes"]
+fn the_launch_ends_in_order_with_a_cpu_that_was_never_started() {
+    leaves(Course::FirstAlone, 0);
+}
+
+#[test]
+#[ignore = "takes two minutes"]
+fn the_launch_ends_in_order_with_two_cpus_in_the_guest() {
+    leaves(Course::First, 0);
+}
+
+#[test]
+#[ignore = "takes two minutes"]
+fn a_launch_that_ends_on_another_cpu_is_left_by_the_first() {
+    leaves(Course::Other, 1);
 }
 
 #[test]

@@ -37,6 +37,17 @@ pub unsafe fn vmxon(region: u64) -> Result<(), Failed> {
     check(failed)
 }
 
+/// Leaves VMX operation.
+///
+/// # Safety
+/// In VMX root operation; no other VMX instruction is executed on this CPU until the next [`vmxon`].
+pub unsafe fn vmxoff() -> Result<(), Failed> {
+    let failed: u8;
+    // SAFETY: the caller's promise.
+    unsafe { asm!("vmxoff", "setbe {f}", f = out(reg_byte) failed, options(nostack)) };
+    check(failed)
+}
+
 /// Writes a VMCS back to its region and makes it neither active nor launched.
 ///
 /// # Safety

@@ -281,10 +281,14 @@ impl Host {
         })
     }
 
-    /// Turns it off, until it is enabled anew: what is pending may come now, and an INIT resets the CPU. On AMD alone.
-    pub fn disable(&mut self, msrs: &Msrs) {
-        if let Self::Svm(host) = self {
-            host.disable(msrs);
+    /// Turns it off, until it is enabled anew: what is pending may come now, and an INIT resets the CPU. False if it is still on.
+    pub fn disable(&mut self, msrs: &Msrs, arrived: &Arrived) -> bool {
+        match self {
+            Self::Svm(host) => {
+                host.disable(msrs);
+                true
+            }
+            Self::Vmx(host) => host.disable(arrived),
         }
     }
 

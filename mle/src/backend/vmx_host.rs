@@ -128,6 +128,22 @@ impl VmxHost {
         Ok(Self { host, vmcs: unsafe { Current::new() }, current: 0 })
     }
 
+    /// Leaves VMX operation, so that CR4.VMXE is clear and INIT, as outside of it, not blocked. False if VMXOFF failed.
+    pub fn disable(&mut self, arrived: &Arrived) -> bool {
+        // First, because an NMI's handler asks the current VMCS while this is set.
+        arrived.vmx.store(false, Ordering::Relaxed);
+        self.current = 0;
+        // SAFETY: VMX is on (`enable`); no guest runs on this CPU before it is enabled anew. CR4.VMXE may be cleared outside of VMX
+        // operation alone: where VMXOFF failed, it stays.
+        unsafe {
+            let off = insn::vmxoff().is_ok();
+            if off {
+                asm!("mov cr4, {}", in(reg) self.host.cr4 & !CR4_VMXE, options(nostack));
+            }
+            off
+        }
+    }
+
     /// Runs `cpu` until it exits.
     pub fn run(&mut self, cpu: &mut VmxCpu, arrived: &Arrived) -> Exit {
         if let Some(cr2) = cpu.vcpu.take_cr2() {

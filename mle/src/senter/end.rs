@@ -10,8 +10,9 @@ use hv::io::Mmio;
 
 use super::regs::{self, Registers};
 use super::{LAUNCHED, insn, launched};
+use crate::measure;
 use crate::metal::PhysWindow;
-use crate::{measure, smp};
+use crate::smp::Met;
 
 /// GETSEC\[SEXIT\].
 const SEXIT: u32 = 5;
@@ -37,18 +38,14 @@ pub fn keep(record: Record) {
     }
 }
 
-/// Ends the launch in order, as the guest wants it; PCRs are capped, and a reset follows. With one CPU that goes as far as SEXIT. With
-/// others it does not: SEXIT waits for them without a bound, and they may run the guest. The reset of the platform ends the
-/// measured environment too.
+/// Ends the launch in order, as the guest wants it; PCRs are capped, and a reset follows. Where the CPUs have not met, that reset is
+/// the chipset's, and memory is wiped.
 ///
 /// Spec: \[TXT\] "Measured Environment Tear Down".
-pub fn leave() {
-    if close_all() && smp::count() == 1 {
-        // SAFETY: CPL 0, this is the only CPU, and nothing uses VMX on it any more.
-        unsafe {
-            insn::leave_vmx();
-            insn::getsec(SEXIT, 0);
-        }
+pub fn leave(_: Met) {
+    if close_all() {
+        // SAFETY: CPL 0, on the first CPU; all are outside of VMX operation and none waits for a Startup IPI: they have met.
+        unsafe { insn::getsec(SEXIT, 0) }
     }
 }
 

@@ -43,22 +43,6 @@ unsafe fn execute(_: u32, _: u32, _: u64) {
     unreachable!("GETSEC on the host")
 }
 
-/// VMXOFF where VMX is on: SEXIT is not to be had in VMX operation.
-///
-/// # Safety
-/// CPL 0 on bare metal or in VMX root operation; no VMX instruction is executed on this CPU any more.
-pub unsafe fn leave_vmx() {
-    const VMXE: u64 = 1 << 13;
-    // SAFETY: the caller's promise; CR4.VMXE is set exactly between VMXON and here.
-    unsafe {
-        let cr4: u64;
-        asm!("mov {}, cr4", out(reg) cr4, options(nomem, nostack));
-        if cr4 & VMXE != 0 {
-            asm!("vmxoff", "mov cr4, {}", in(reg) cr4 & !VMXE, options(nostack));
-        }
-    }
-}
-
 /// WBINVD.
 pub fn write_back_caches() {
     // SAFETY: loses nothing.

@@ -1,4 +1,5 @@
-//! The machine for the first CPU alone, for a call under policy `relaunch`: all others leave the guest, and come back.
+//! The machine for the first CPU alone: for a call under policy `relaunch`, where all others leave the guest and come back, and for
+//! the end of a launch by SENTER, where they do not.
 //!
 //! | stage | other CPUs |
 //! |---|---|
@@ -6,8 +7,9 @@
 //! | `Hold` | as soon as nothing is in service in its APIC, each waits in the MLE. If not all come in time, they go on |
 //! | `Leave` | each keeps its state on its stack, turns SVM off, and halts there, where SMIs find it |
 //! | `Reset` | each waits for INIT |
+//! | `End` | each turns VMX off and halts. So does one that ends the launch in the place of the first, which goes on to SEXIT |
 //!
-//! The memory of the MLE is then put away, and put back by another launch. A Startup IPI starts each CPU as at the launch, and
+//! For a call the memory of the MLE is then put away, and put back by another launch. A Startup IPI starts each CPU as at the launch, and
 //! its stack leads it to where it halted.
 //!
 //! UNSAFETY: gives a CPU up on its stack, and takes it again.
@@ -16,7 +18,7 @@
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use hv::failure::MleError;
-use hv::io::poll_until;
+use hv::io::{Clock, poll_until};
 
 use super::{KICK_BUDGET_US, MAX_CPUS, NEXT, RESTART_BUDGET_US, ROOT, SETUPS, STACK_TABLE, START_VECTOR};
 use super::{Slot, State, count, kick_each, send, slots};
@@ -45,6 +47,7 @@ enum Stage {
     Hold = 1,
     Leave = 2,
     Reset = 3,
+    End = 4,
 }
 
 static STAGE: AtomicU32 = AtomicU32::new(Stage::Free as u32);
@@ -145,6 +148,66 @@ fn wake(local: &Xapic<PhysWindow>, clock: &TscClock) {
     }
 }
 
+/// All CPUs are outside of VMX operation and none of them waits for a Startup IPI; this is the first.
+pub struct Met(());
+
+/// Whether the launch ends.
+pub(super) fn ends() -> bool {
+    is(Stage::End)
+}
+
+/// For the end of a launch by SENTER: brings all CPUs to where GETSEC\[SEXIT\], which the first alone can execute, finds them. It
+/// waits for the others without a bound: a CPU that waits for a Startup IPI does not answer it, and to execute it VMX must be off.
+///
+/// Gives `None` when they do not all come in time. Elsewhere than on the first CPU that is so, too, if this one is still here when the
+/// first should have ended the launch.
+///
+/// Spec: \[SDM2\] "GETSEC\[SEXIT\]"; \[TXT\] "Measured Environment Tear Down".
+pub fn meet(index: usize, cpu: &mut Cpu, local: &Xapic<PhysWindow>, clock: &TscClock) -> Option<Met> {
+    set(Stage::End);
+    if !gone(GATHERED.get(index)?, cpu) {
+        return None;
+    }
+    let others = || slots().zip(&GATHERED).enumerate().filter(|(other, _)| *other != index);
+    let missing = || others().map(|(_, both)| both).filter(|(_, other)| !other.is(Place::Gone));
+    let all = fetch(
+        || missing().next().is_none(),
+        || {
+            for (slot, _) in missing() {
+                // The one ends a guest's run, the other its wait for being started; neither does anything to whoever is not there.
+                send(local, clock, delivery::NMI << 8 | 1 << 14, slot.id());
+                let vector = START_VECTOR.load(Ordering::Relaxed);
+                send(local, clock, delivery::STARTUP << 8 | 1 << 14 | vector, slot.id());
+            }
+        },
+        clock,
+    );
+    if index == 0 {
+        return all.then_some(Met(()));
+    }
+    let _ = poll_until(clock, LEAVE_BUDGET_US, || false);
+    None
+}
+
+/// Calls until all have come, again and again: one that was between guest and MLE may not have heard it. False if they do not.
+fn fetch(all: impl Fn() -> bool, mut call: impl FnMut(), clock: &impl Clock) -> bool {
+    (0..STARTUPS_MAX).any(|_| {
+        if !all() {
+            call();
+        }
+        poll_until(clock, RESTART_BUDGET_US, &all).is_ok()
+    })
+}
+
+/// Takes this CPU out of virtualization, for good, and says so; false if it did not come out.
+fn gone(place: &Gathered, cpu: &mut Cpu) -> bool {
+    let off = cpu.leave_virtualization();
+    if off {
+        place.set(Place::Gone);
+    }
+    off
+}
+
 /// Resets all CPUs but this one, which have halted: SKINIT wants them so.
 ///
 /// One that is still in SMM must not be reset: its firmware would call this CPU into SMM, which would call the other, and an SMI
@@ -199,6 +262,13 @@ pub(super) fn halted(index: usize) -> Option<*const Context> {
 /// If the first CPU is to be alone, waits until it has been. For any other, where it runs neither the guest nor a call.
 pub(super) fn attend(index: usize, slot: &Slot, cpu: &mut Cpu, local: &Xapic<PhysWindow>, clock: &TscClock) {
     let Some(other) = GATHERED.get(index) else { return };
+    if ends() {
+        gone(other, cpu);
+        loop {
+            // SAFETY: interrupts are off; an NMI returns to here.
+            unsafe { core::arch::asm!("cli", "hlt", options(nomem, nostack)) }
+        }
+    }
     // With an interrupt in service the guest runs on, and is asked again.
     if !is(Stage::Hold) || !local.can_be_reset() {
         return;
@@ -280,4 +350,47 @@ unsafe extern "sysv64" fn halt(other: *mut Gathered) -> ! {
 pub(super) fn go_on(context: *const Context) -> ! {
     // SAFETY: the CPU that halted kept it on its own stack, below which this one runs; the tables are in force.
     unsafe { resume_entry(context) }
+}
+
+#[cfg(test)]
+mod tests {
+    use core::cell::Cell;
+
+    use super::*;
+
+    /// A clock, and a CPU that comes at a certain call, if ever.
+    struct Late {
+        now: Cell<u64>,
+        calls: Cell<usize>,
+        comes_at: usize,
+    }
+
+    impl Clock for Late {
+        fn now_us(&self) -> u64 {
+            self.now.set(self.now.get() + 1000);
+            self.now.get()
+        }
+    }
+
+    fn fetched(comes_at: usize) -> (bool, Late) {
+        let late = Late { now: Cell::new(0), calls: Cell::new(0), comes_at };
+        let all = fetch(|| late.calls.get() >= late.comes_at, || late.calls.set(late.calls.get() + 1), &late);
+        (all, late)
+    }
+
+    #[test]
+    fn cpus_are_called_until_all_have_come_and_no_longer() {
+        for comes_at in [0, 1, 2, STARTUPS_MAX] {
+            let (all, late) = fetched(comes_at);
+            assert!(all);
+            assert_eq!(late.calls.get(), comes_at);
+        }
+    }
+
+    #[test]
+    fn one_that_never_comes_ends_the_wait() {
+        let (all, late) = fetched(usize::MAX);
+        assert!(!all);
+        assert!(late.now.get() < 2 * STARTUPS_MAX as u64 * RESTART_BUDGET_US);
+    }
 }

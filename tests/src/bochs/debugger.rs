@@ -134,6 +134,12 @@ impl Debugger {
         Ok(Registers(parse_registers(&text)))
     }
 
+    /// CR4.
+    pub fn cr4(&mut self) -> Result<u64> {
+        let reply = self.ask("creg")?;
+        parse_cr4(&reply).with_context(|| format!("Bochs' debugger: control registers: {}", reply.trim()))
+    }
+
     /// Sets a general register or `rip`.
     pub fn set_register(&mut self, name: &str, value: u64) -> Result<()> {
         let reply = self.ask(&format!("set {name} = {value:#x}"))?;
@@ -256,6 +262,12 @@ fn parse_registers(text: &str) -> Vec<(String, u64)> {
         .collect()
 }
 
+/// What `creg` said of CR4.
+fn parse_cr4(text: &str) -> Option<u64> {
+    let (digits, _) = text.split_once("CR4=0x")?.1.split_once(':')?;
+    u64::from_str_radix(digits, 16).ok()
+}
+
 /// `<bochs:N>`, with some reserve for the number.
 const PROMPT_MAX: usize = 32;
 
@@ -329,6 +341,12 @@ mod tests {
     fn time_is_a_number_of_ticks() {
         assert_eq!(parse_ticks("ptime: 12345678901\n"), Some(12_345_678_901));
         assert_eq!(parse_ticks("syntax error"), None);
+    }
+
+    #[test]
+    fn cr4_is_found_among_the_control_registers() {
+        assert_eq!(parse_cr4("CR3=0x000001000\nCR4=0x00002020: vmx PAE\nEFER=0x0"), Some(0x2020));
+        assert_eq!(parse_cr4("syntax error"), None);
     }
 
     #[test]

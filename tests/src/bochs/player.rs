@@ -24,6 +24,7 @@ const GETSEC: [u8; 2] = [0x0f, 0x37];
 /// Page where the other CPUs start, and its number.
 const START_PAGE: u64 = 0x8000;
 const CR4_SMXE: u32 = 1 << 14;
+const CR4_VMXE: u64 = 1 << 13;
 /// GETSEC's leaves, in EAX.
 mod leaf {
     pub const CAPABILITIES: u32 = 0;
@@ -36,15 +37,22 @@ mod leaf {
 /// A chipset with TXT is there; ENTERACCS, EXITAC, SENTER, SEXIT, PARAMETERS, SMCTRL, WAKEUP.
 const CAPABILITIES: u64 = 0x1fd;
 
-/// Folder in the run's folder with each CPU's state that [`Player::forget_init`] sets.
-const NOTHING_PENDING: &str = "nothing-pending";
+/// Folders in the run's folder with each CPU's state that [`Player::repair`] sets at its first exit, and at its second.
+const REPAIRS: [&str; 2] = ["first-exit", "second-exit"];
+/// What Bochs has masked in VMX root operation with EFLAGS.IF clear: INIT, and four kinds of interrupts; neither NMI nor SMI.
+const EVENT_MASK: &str = "event_mask = 0xe44";
 
 /// Writes what the player has Bochs read, into the run's folder.
 pub fn write_states(dir: &Path, cpus: u32) -> Result<()> {
-    let folder = dir.join(NOTHING_PENDING);
-    fs::create_dir(&folder)?;
-    for cpu in 1..cpus {
-        fs::write(folder.join(format!("cpu{cpu}")), format!("cpu{cpu} = {{\n  pending_event = 0x0\n}}\n"))?;
+    let states = ["pending_event = 0x0\n  ", ""];
+    for (folder, state) in REPAIRS.iter().map(|folder| dir.join(folder)).zip(states) {
+        fs::create_dir(&folder)?;
+        for cpu in 1..cpus {
+            fs::write(
+                folder.join(format!("cpu{cpu}")),
+                format!("cpu{cpu} = {{\n  {state}{EVENT_MASK}\n}}\n"),
+            )?;
+        }
     }
     Ok(())
 }
@@ -60,8 +68,8 @@ pub struct State {
     pub refusal: Option<Refusal>,
     /// The TXT.ERRORCODE with which the platform was reset.
     pub reset: Option<u32>,
-    /// Whether the MLE has left by SEXIT.
-    pub exited: bool,
+    /// The MLE's SEXIT, once there was one: whether TXT.E2STS has SECRETS set then.
+    pub exited: Option<bool>,
     /// Why the player had to give up.
     pub failure: Option<String>,
 }
@@ -125,6 +133,8 @@ pub struct Player {
     points: Vec<(u32, u64)>,
     /// What the other CPUs' start page held.
     saved: Option<Vec<u8>>,
+    /// For each CPU how often it has left its guest, as far as that is watched.
+    exits: Vec<usize>,
     since: Instant,
     watch: Watch,
 }
@@ -133,8 +143,8 @@ impl Player {
     /// Waits for the firmware's word.
     pub fn new(debugger: &mut Debugger, part: Part, watch: Watch) -> Result<Self> {
         debugger.watch_writes(at::MAILBOX, 8)?;
-        let (crb, since) = (Crb::default(), Instant::now());
-        Ok(Self { part, crb, registers: None, points: Vec::new(), saved: None, since, watch })
+        let (crb, since, exits) = (Crb::default(), Instant::now(), vec![0; part.cpus as usize]);
+        Ok(Self { part, crb, registers: None, points: Vec::new(), saved: None, exits, since, watch })
     }
 
     fn say(&mut self, text: &str) {
@@ -162,7 +172,7 @@ impl Player {
                     return Ok(false);
                 }
             }
-            Stop::VmExit { cpu } => self.forget_init(machine, cpu)?,
+            Stop::VmExit { cpu } => self.repair(machine, cpu)?,
             Stop::Breakpoint { cpu } => {
                 machine.select(cpu)?;
                 let registers = machine.registers()?;
@@ -239,7 +249,7 @@ impl Player {
             leaf::SENTER => return self.senter(machine, cpu, registers),
             leaf::SMCTRL => {}
             leaf::WAKEUP => machine.write32(at::SINIT_BASE + acm::WAKEUP, 1)?,
-            leaf::SEXIT => self.exit(machine)?,
+            leaf::SEXIT => self.exit(machine, cpu)?,
             other => anyhow::bail!("GETSEC[{other}] at {rip:#x}: #GP"),
         }
         for &(name, value) in answer {
@@ -322,20 +332,48 @@ impl Player {
         self.arm(machine, launch.base, launch.image.len())
     }
 
-    /// Repairs a defect of Bochs 2.7: an INIT that came in VMX non-root operation stays pending after its exit, until a reset.
-    /// A CPU that waits for its Startup IPI has its first exit by INIT, or by that IPI, and nothing else pending.
-    fn forget_init(&mut self, machine: &mut Debugger, cpu: u32) -> Result<()> {
-        machine.restore_cpu(cpu, NOTHING_PENDING)?;
-        machine.watch_exits(cpu, false)?;
-        self.say(&format!("CPU {cpu} has left its guest; no INIT is pending"));
+    /// Repairs two defects of Bochs 2.7. An INIT that came in VMX non-root operation stays pending after its exit, until a reset; and
+    /// NMI and SMI, which are masked while a guest waits for its Startup IPI, stay so after the exit by that IPI.
+    ///
+    /// The debugger does not tell of that exit, which Bochs carries out on the CPU that sent the IPI. So the first exit told of a CPU
+    /// that waits is by INIT, where nothing else is pending, after which it waits on and the second is in the guest; or already the
+    /// first is in the guest.
+    fn repair(&mut self, machine: &mut Debugger, cpu: u32) -> Result<()> {
+        let Some(exits) = self.exits.get_mut(cpu as usize) else { return Ok(()) };
+        let Some(folder) = REPAIRS.get(*exits) else { return Ok(()) };
+        *exits += 1;
+        let last = *exits == REPAIRS.len();
+        machine.restore_cpu(cpu, folder)?;
+        if last {
+            machine.watch_exits(cpu, false)?;
+        }
+        self.say(&format!("CPU {cpu} has left its guest: {folder}"));
         Ok(())
     }
 
-    fn exit(&mut self, machine: &mut Debugger) -> Result<()> {
+    /// A real one waits without a bound for CPUs that wait for a Startup IPI. Here the MLE's code, outside of VMX operation, is where
+    /// all must be.
+    ///
+    /// Spec: \[SDM2\] "GETSEC\[SEXIT\]".
+    fn exit(&mut self, machine: &mut Debugger, cpu: u32) -> Result<()> {
+        ensure!(cpu == 0, "GETSEC[SEXIT] on CPU {cpu}, which is not the boot processor: #GP");
+        let launch = self.watch.lock().launch.clone();
+        let (base, size) = launch.map_or((0, 0), |launch| (launch.base, launch.image.len() as u64));
+        for cpu in (0..self.part.cpus).rev() {
+            machine.select(cpu)?;
+            let (cr4, rip) = (machine.cr4()?, machine.registers()?.get("rip")?);
+            ensure!(cr4 & CR4_VMXE == 0, "GETSEC[SEXIT] with CPU {cpu} in VMX operation, CR4 {cr4:#x}");
+            ensure!(
+                (base..base + size).contains(&rip),
+                "GETSEC[SEXIT] with CPU {cpu} at {rip:#x}, the MLE has {size:#x} bytes at {base:#x}"
+            );
+            self.say(&format!("at GETSEC[SEXIT]: CPU {cpu} at {rip:#x}, CR4 {cr4:#x}"));
+        }
         if let Some(registers) = &mut self.registers {
             registers.set(machine, at::STS, at::STS_SEXIT_DONE.into())?;
         }
-        self.watch.lock().exited = true;
+        let secrets = machine.read32(at::PUBLIC + at::E2STS)? & at::E2STS_SECRETS != 0;
+        self.watch.lock().exited = Some(secrets);
         Ok(())
     }
 }
