@@ -224,8 +224,12 @@ impl<M: Mmio, C: Clock> Link<M, C> {
             if through <= late && now_us < until_us {
                 return Settled::Late;
             }
+            let mut log = log.lock();
+            if log.make_room() {
+                return Settled::Working;
+            }
             // Nothing is sealed for a TPM without banks.
-            if log.lock().seal(now_us).is_none() {
+            if log.seal(now_us).is_none() {
                 return Settled::Measured;
             }
             self.work = Work::Hashing(self.tpm.hasher(), 0);

@@ -19,6 +19,9 @@ pub const BATCH_DELAY_US: u64 = 1_000_000;
 /// Bytes of records that wait. Many more than reads need: those of a TPM that is busy wait here too.
 pub const PENDING_SIZE: usize = 8192;
 
+/// Most batches that are dropped in one part of [`ExposureLog::make_room`]. Each takes a hash in every bank.
+const DROPPED_AT_ONCE: usize = 4;
+
 /// Bytes that a log usually has for what was measured: all of it can be read as one variable.
 pub const DEFAULT_SIZE: usize = 48 * 1024;
 const _: () = assert!(ExposureLog::<DEFAULT_SIZE>::SIZE <= DATA_MAX);
@@ -199,7 +202,7 @@ impl<const N: usize> ExposureLog<N> {
     pub fn seal(&mut self, now_us: u64) -> Option<&[u8]> {
         let records =
             u32::try_from(self.counters.pending).ok().filter(|n| *n != 0 && !self.banks.is_empty())?;
-        self.make_room();
+        while self.make_room() {}
         let header = self.header(now_us);
         self.sealed = Sealed { records, bytes: self.filled, late: self.late };
         // The buffer begins with room for it.
@@ -305,22 +308,26 @@ impl<const N: usize> ExposureLog<N> {
         }
     }
 
-    /// Drops the oldest batches until the pending ones would have room.
-    fn make_room(&mut self) {
+    /// Drops some of the oldest batches if what is pending would have no room; true while that is not enough. [`ExposureLog::seal`] does
+    /// what is left of it at once.
+    pub fn make_room(&mut self) -> bool {
         let head = event_head(PCR_EXPOSURE, self.event_type(), &Digests::zero(&self.banks), 0);
         let need = head.len().saturating_add(HEADER).saturating_add(self.filled);
         let over = self.used.saturating_add(need).saturating_sub(N);
         if over == 0 {
-            return;
+            return false;
         }
         let from = self.fold_oldest(over);
+        let dropped = from.saturating_sub(self.batches_at);
         self.log.copy_within(from..self.used, self.batches_at);
-        self.used = self.used.saturating_sub(from.saturating_sub(self.batches_at));
+        self.used = self.used.saturating_sub(dropped);
         // It has been written before, with the same size.
         let _ = self.write_anchor();
+        dropped != 0 && dropped < over
     }
 
-    /// Takes the oldest batches, of `bytes` together or somewhat more, into anchor and counters; where the next starts.
+    /// Takes the oldest batches, of `bytes` together or somewhat more, but not more than [`DROPPED_AT_ONCE`], into anchor and counters;
+    /// where the next starts.
     fn fold_oldest(&mut self, bytes: usize) -> usize {
         let Self { log, used, counters, batches_at, .. } = self;
         let mut from = *batches_at;
@@ -328,9 +335,8 @@ impl<const N: usize> ExposureLog<N> {
         let mut chain = log.chain();
         // The end of a batch is the start of the next one, or of nothing.
         let mut entries = log.entries().map_while(Result::ok).peekable();
-        while from.saturating_sub(*batches_at) < bytes
-            && let Some(entry) = entries.next()
-        {
+        for _ in 0..DROPPED_AT_ONCE {
+            let Some(entry) = entries.next_if(|_| from.saturating_sub(*batches_at) < bytes) else { break };
             // Chains are linked as we linked them.
             let _ = chain.follow(&entry);
             bump(&mut counters.spilled, entry.batch.header.count.get().into());

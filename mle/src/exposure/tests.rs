@@ -165,3 +165,28 @@ fn nothing_else_is_sent_while_the_tpm_works() {
     assert_eq!(bench.step(1), Settled::Measured, "once more is no more");
     assert_eq!(bench.log.lock().counters().batches, 1);
 }
+
+#[test]
+fn a_full_log_drops_its_oldest_batches_in_parts() {
+    let mut bench = Bench::new();
+    while bench.log.lock().counters().spilled == 0 {
+        bench.record(1);
+        let through = bench.log.lock().counters().records;
+        assert_eq!(bench.finish(through), Settled::Measured);
+    }
+    bench.record(100);
+    let all = *bench.log.lock().counters();
+    let mut parts = 0;
+    let dropped = |bench: &Bench| bench.log.lock().counters().spilled_batches;
+    while !bench.link.is_at_work() {
+        let before = dropped(&bench);
+        assert_eq!(bench.step(all.records), Settled::Working);
+        assert!(dropped(&bench) - before <= 4);
+        bench.check();
+        parts += 1;
+    }
+    assert!(parts > 4, "{parts}");
+    assert_eq!(bench.finish(all.records), Settled::Measured);
+    assert_eq!(bench.log.lock().counters().batches, all.batches + 1);
+    bench.check();
+}
