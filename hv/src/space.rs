@@ -281,6 +281,16 @@ impl AddressSpace {
             && self.edges.iter().skip(first).take_while(|e| e.start <= range.last()).all(permitted)
     }
 
+    /// The region that holds `addr`, if `view` has all rights in it: for whoever asks about many addresses, of which most are in one.
+    pub fn open_around(&self, view: View, addr: u64) -> Option<PhysRange> {
+        let next = self.edges.partition_point(|e| e.start <= addr);
+        let edge = self.edges.get(next.checked_sub(1)?)?;
+        let end = self.edges.get(next).map_or(self.limit, |e| e.start);
+        let range = PhysRange::from_last(edge.start, end.checked_sub(1)?)?;
+        let is_open = edge.kind.access(view).is_some_and(|a| a.rights.contains(Rights::all()));
+        (is_open && range.contains_addr(addr)).then_some(range)
+    }
+
     /// What `view` can reach, by rising address; neighbours with one access are one run.
     pub fn runs(&self, view: View) -> impl Iterator<Item = Run> + '_ {
         let mut regions = self.regions().peekable();
@@ -615,6 +625,10 @@ mod tests {
             for view in [View::Guest, View::Sandbox, View::Device] {
                 let readable = |addr: u64| model(addr).access(view).is_some_and(|a| a.rights.contains(Rights::READ));
                 for (i, from) in edges.iter().enumerate() {
+                    let around = s.open_around(view, *from);
+                    let open = *from != 1 << 40 && s.permits(view, range(*from, 1), Rights::all());
+                    prop_assert_eq!(around.is_some_and(|around| around.contains_addr(*from)), open);
+                    prop_assert!(around.is_none_or(|around| s.permits(view, around, Rights::all())));
                     let mut all = true;
                     for pair in edges[i..].windows(2) {
                         all &= readable(pair[0]);

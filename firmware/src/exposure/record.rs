@@ -118,13 +118,16 @@ impl<const N: usize> Bytes<N> {
     const EMPTY: Self = Self { length: 0, bytes: [0; N] };
 
     fn push(&mut self, bytes: &[u8]) {
+        self.extend(bytes.iter().copied());
+    }
+
+    fn extend(&mut self, bytes: impl Iterator<Item = u8>) {
         let free = self.bytes.get_mut(self.length.into()..).unwrap_or_default();
-        let fitting = free.len().min(bytes.len());
         for (to, from) in free.iter_mut().zip(bytes) {
-            *to = *from;
+            *to = from;
+            // No `N` in use is above 255.
+            self.length = self.length.saturating_add(1);
         }
-        // No `N` in use is above 255.
-        self.length = self.length.saturating_add(fitting as u8);
     }
 
     fn cut(bytes: &[u8]) -> Self {
@@ -182,7 +185,13 @@ impl Name {
     /// U+FFFD.
     pub fn new(utf16: &[u8]) -> Self {
         let mut name = Self { full: 0, kept: Bytes::EMPTY };
-        let units = utf16.as_chunks().0.iter().map(|c| u16::from_le_bytes(*c)).take_while(|unit| *unit != 0);
+        let units = utf16.as_chunks().0;
+        // Nearly all of nearly all names; the general way takes twenty times as long.
+        let ascii = units.iter().take_while(|unit| matches!(unit, [1..=0x7f, 0])).count();
+        let (ascii, rest) = units.split_at(ascii);
+        name.full = u16::try_from(ascii.len()).unwrap_or(u16::MAX);
+        name.kept.extend(ascii.iter().map(|[low, _]| *low));
+        let units = rest.iter().map(|c| u16::from_le_bytes(*c)).take_while(|unit| *unit != 0);
         for character in char::decode_utf16(units) {
             let mut utf8 = [0; 4];
             let utf8 = character.unwrap_or(char::REPLACEMENT_CHARACTER).encode_utf8(&mut utf8);

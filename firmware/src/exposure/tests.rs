@@ -606,6 +606,19 @@ fn agrees_with_the_model<const N: usize>(banks: &Banks, steps: &[Step]) -> Resul
 
 proptest! {
     #[test]
+    fn a_name_is_what_the_standard_library_makes_of_it(
+        ascii in "[ -~]{0,70}", rest in prop::collection::vec(any::<u16>(), 0..6)
+    ) {
+        let units: Vec<u16> = ascii.encode_utf16().chain(rest).collect();
+        let whole: Vec<u16> = units.iter().copied().take_while(|unit| *unit != 0).collect();
+        let whole = String::from_utf16_lossy(&whole);
+        let bytes: Vec<u8> = units.iter().flat_map(|unit| unit.to_le_bytes()).collect();
+        let name = Name::new(&bytes);
+        prop_assert_eq!(usize::from(name.full_length()), whole.len());
+        prop_assert_eq!(name.as_bytes(), &whole.as_bytes()[..whole.len().min(64)]);
+    }
+
+    #[test]
     fn records_are_what_they_were(record in record(), sequence: u64, after: Vec<u8>) {
         let mut bytes = record.encode(sequence).to_vec();
         bytes.extend_from_slice(&after);

@@ -26,6 +26,8 @@ pub struct GuestView<'a, M> {
     space: &'a AddressSpace,
     mem: &'a M,
     last: Cell<Option<Translated>>,
+    /// Where tables and arguments were last, and so are next, most of the time.
+    ram: Cell<Option<PhysRange>>,
 }
 
 /// A page's translation, as a CPU's TLB keeps it: arguments lie side by side.
@@ -39,7 +41,7 @@ struct Translated {
 impl<'a, M: PhysMem> GuestView<'a, M> {
     /// The memory that `space` gives to the guest whose registers, as far as translation depends on them, are `control`.
     pub fn new(control: Control, space: &'a AddressSpace, mem: &'a M) -> Self {
-        Self { control, space, mem, last: Cell::new(None) }
+        Self { control, space, mem, last: Cell::new(None), ram: Cell::new(None) }
     }
 
     /// The physical address of `va`, for a read or a write by the guest's kernel; `None` for what would fault.
@@ -93,8 +95,12 @@ impl<'a, M: PhysMem> GuestView<'a, M> {
 
     /// Whether the guest has `rights` on RAM at `at`.
     fn reachable(&self, at: u64, len: usize, rights: Rights) -> bool {
-        PhysRange::new(at, len as u64)
-            .is_some_and(|range| self.space.permits(View::Guest, range, rights | Rights::EXEC))
+        let Some(range) = PhysRange::new(at, len as u64) else { return false };
+        if self.ram.get().is_some_and(|ram| ram.contains(&range)) {
+            return true;
+        }
+        self.ram.set(self.space.open_around(View::Guest, at));
+        self.space.permits(View::Guest, range, rights | Rights::EXEC)
     }
 
     fn read_phys(&self, at: u64, out: &mut [u8]) -> Option<()> {
