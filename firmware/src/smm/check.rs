@@ -21,7 +21,7 @@ pub const PAGES_MAX: usize = 640;
 /// Most sets of words: a virtual CPU for each CPU, and the sandbox.
 pub const WORD_SETS_MAX: usize = 65;
 /// Pages of one part of a check: the guest's interrupts wait for as long.
-pub const PART_PAGES: usize = 16;
+pub const PART_PAGES: usize = 4;
 
 /// Words of a page that stay as they are among others that change: offset, and which bits of the word.
 pub type Words = &'static [(u16, u64)];
