@@ -218,7 +218,7 @@ pub enum Exit {
     VirtualizationInstruction,
     /// INVD: would drop modified cache lines, the MLE's too.
     InvalidateCaches,
-    /// HLT, where it is intercepted (the sandbox).
+    /// HLT, where it is intercepted (the sandbox; a CPU that the guest stops).
     Halt,
     /// A physical interrupt is pending, where it is intercepted (the sandbox).
     Interrupt,

@@ -200,6 +200,11 @@ impl Cpu {
         self.host.doze();
     }
 
+    /// Whether an NMI has come for the guest since last asked: the next run has it otherwise.
+    pub fn nmi_arrived(&self) -> bool {
+        self.arrived.nmi.swap(false, Ordering::Relaxed)
+    }
+
     /// Whether a redirected INIT has come since last asked.
     pub fn init_arrived(&self) -> bool {
         self.arrived.init.swap(false, Ordering::Relaxed)

@@ -1,7 +1,6 @@
 //! The run loop of a guest CPU.
 
 use core::fmt::{self, Write};
-use core::mem::replace;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use firmware::exposure::{self as log_format, Decision, Kind, Record};
@@ -116,7 +115,7 @@ fn end(
     fatal::end_by_guest(ports, why, || smp::meet(index, cpu, local, clock))
 }
 
-/// Runs the guest on this CPU until it sends INIT to it; on the first CPU, until the launch has to be done again for a firmware call.
+/// Runs the guest on this CPU until it sends INIT to it or stops it; on the first CPU, until the launch has to be done again for a firmware call.
 pub fn guest(
     cpu: &mut Cpu,
     vcpu: &mut Vcpu<'_>,
@@ -127,7 +126,7 @@ pub fn guest(
     index: usize,
 ) {
     let mut branch_trap = false;
-    let mut has_kernel = false;
+    let mut signs = smp::Signs::default();
     loop {
         if smp::before_run(index, cpu, vcpu, windows, local, clock) {
             return;
@@ -217,30 +216,26 @@ pub fn guest(
                     });
                 });
             }
+            // Whatever comes now, the guest's kernel does not expect to run on.
+            Next::Halt => return,
             Next::Shutdown => {
                 services::end_of_guest(cpu, local, ports);
-                end(cpu, local, clock, ports, index, format_args!("triple fault on CPU {index}"))
+                let at = cpu::describe(vcpu);
+                end(cpu, local, clock, ports, index, format_args!("triple fault on CPU {index}: {at}"))
             }
             Next::Fatal(exit) => {
                 let why = format_args!("guest exit: {exit}; {}", cpu::describe(vcpu));
                 fatal::stop(MleError::GuestExit, 0, why);
             }
         }
-        match exit {
-            _ if cpu.sees_startup() => {}
-            // A kernel begins to run, at low addresses, where another has run: kexec, with the other CPUs stopped.
-            Exit::Cpuid if vcpu.cpl() == 0 => {
-                let low = vcpu.rip() >> 63 == 0;
-                if replace(&mut has_kernel, !low) && low {
+        if !cpu.sees_startup() && matches!(exit, Exit::Cpuid | Exit::InvalidateCaches) && vcpu.cpl() == 0 {
+            match signs.of(vcpu.rip(), local.is_enabled()) {
+                smp::Sign::Off if smp::look(index, local) => {
                     smp::kick(index, cpu.redirects_init(), local, clock);
                 }
+                smp::Sign::Replaced => smp::kick_replaced(index, cpu.redirects_init(), local, clock),
+                smp::Sign::Off | smp::Sign::None => {}
             }
-            // The last that a kernel does on a CPU that it takes off line, after it turned the APIC off. Linux's start-up code
-            // has a WBINVD too, before a CPU's APIC is on: no kernel has run there yet.
-            Exit::InvalidateCaches if has_kernel && smp::look(index, local) => {
-                smp::kick(index, cpu.redirects_init(), local, clock)
-            }
-            _ => {}
         }
         dma::settle(|| local.id(), clock);
         if !comes_again {

@@ -7,12 +7,16 @@
 //!
 //! An INIT that the guest sends to an AP that runs it parks that AP again. It is dropped where VM_CR.R_INIT holds; elsewhere
 //! it resets the AP, which is started into the MLE at once. The Startup IPI that follows must be seen: so the APIC page is
-//! watched as soon as the guest has stopped a CPU, which shows by its APIC being turned off.
+//! watched as soon as the guest has stopped a CPU, which shows by its APIC being turned off, see [`signs`].
+//!
+//! A stopped AP halts, and SVM forgets that it does: back from an exit it would go on behind its HLT, in memory that may be
+//! another kernel's by then. So its HLT exits, and it is parked at once.
 //!
 //! UNSAFETY: the start-up code, and the pages that it runs from.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 mod gather;
+mod signs;
 
 use core::arch::global_asm;
 use core::mem::offset_of;
@@ -27,6 +31,7 @@ use spin::Mutex;
 use zerocopy::{Immutable, IntoBytes};
 
 pub use self::gather::{Met, meet, reset_others, scatter, want};
+pub use self::signs::{Sign, Signs};
 use crate::apic::{Command, ICR_HIGH, Xapic, delivery};
 use crate::backend::{Vcpu, Vm};
 use crate::cpu::{Cpu, CpuMemory, Loaded};
@@ -181,6 +186,8 @@ struct Slot {
     open: AtomicBool,
     /// Another CPU wants it to look at [`Slot::state`], and sent an INIT or SMI to have it do so.
     kicked: AtomicBool,
+    /// That is because another kernel has begun: if its own turned the APIC off, it does not run on.
+    replaced: AtomicBool,
 }
 
 impl Slot {
@@ -209,6 +216,7 @@ static SLOTS: [Slot; MAX_CPUS] = [const {
         vector: AtomicU32::new(0),
         open: AtomicBool::new(false),
         kicked: AtomicBool::new(false),
+        replaced: AtomicBool::new(false),
     }
 }; MAX_CPUS];
 /// How many CPUs there are.
@@ -401,7 +409,8 @@ extern "sysv64" fn entry(index: u32) -> ! {
         // The wake-up may still be on its way, and what came meanwhile is not the guest's: it was in INIT.
         cpu.take_interrupts();
         local.disable();
-        let _ = (cpu.held_interrupts(), cpu.init_arrived());
+        let _ = (cpu.held_interrupts(), cpu.init_arrived(), cpu.nmi_arrived());
+        slot.replaced.store(false, Ordering::SeqCst);
         // SAFETY: this CPU's, and the virtual CPU before it is gone.
         let mut vcpu =
             smi::with_vcpu(page, setup.vm.vendor, || unsafe { Vcpu::new(page, Role::Guest, &setup.vm) });
@@ -409,9 +418,12 @@ extern "sysv64" fn entry(index: u32) -> ! {
         slot.set(State::Running);
         run::guest(&mut cpu, &mut vcpu, &mut setup.windows, &local, &clock, ports, number);
 
-        // The guest sent INIT, and will send a Startup IPI.
-        slot.set(State::Parked);
-        kick(number, true, &local, &clock);
+        // The guest sent INIT, or stopped this CPU, and will send a Startup IPI.
+        while !(slot.change(State::Running, State::Parked) || slot.change(State::Stopped, State::Parked)) {
+            // It is an INIT that cannot be dropped, and is on its way.
+            cpu.doze();
+        }
+        kick(number, cpu.redirects_init(), &local, &clock);
     }
 }
 
@@ -445,6 +457,12 @@ fn open_but(this: usize) -> impl Iterator<Item = &'static Slot> {
 pub fn kick(this: usize, redirects_init: bool, local: &Xapic<PhysWindow>, clock: &TscClock) {
     // Intercepted by every guest CPU: the one is dropped, the other finds nothing to do.
     kick_each(open_but(this), redirects_init, local, clock);
+}
+
+/// The same, because another kernel begins on this CPU.
+pub fn kick_replaced(this: usize, redirects_init: bool, local: &Xapic<PhysWindow>, clock: &TscClock) {
+    open_but(this).for_each(|slot| slot.replaced.store(true, Ordering::SeqCst));
+    kick(this, redirects_init, local, clock);
 }
 
 /// The same for some of them.
@@ -493,7 +511,8 @@ pub fn open(index: usize, windows: &mut Windows) -> bool {
     true
 }
 
-/// What is due before the guest runs on. True if it must not: an INIT came for it, or the first CPU is wanted alone, and is.
+/// What is due before the guest runs on. True if it must not: an INIT came for it, its kernel is gone, or the first CPU is wanted
+/// alone, and is.
 pub fn before_run(
     index: usize,
     cpu: &mut Cpu,
@@ -511,6 +530,9 @@ pub fn before_run(
                 cpu.let_pending_in();
                 cpu.init_arrived()
             });
+        }
+        if slot.replaced.swap(false, Ordering::SeqCst) && slot.is(State::Stopped) {
+            return true;
         }
     } else if cpu.init_arrived() && index != 0 {
         return true;
@@ -533,6 +555,7 @@ pub fn before_run(
         }
         restart_reset(local, clock);
     }
+    vcpu.exit_on_halt(slot.is(State::Stopped));
     false
 }
 

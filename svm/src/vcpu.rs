@@ -23,10 +23,10 @@ const DR6_BS: u64 = 1 << 14;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
 /// What of the VMCB stays as [`SvmVcpu::new`] sets it: byte offsets, and which bits of the 64-bit word there. Intercepts but for
-/// those of a single step; maps; address space; what makes interrupts obey the host; nested paging and its root.
+/// those of a single step and HLT; maps; address space; what makes interrupts obey the host; nested paging and its root.
 pub const CONSTANT: &[(u16, u64)] = &[
     (0x00, u64::MAX),
-    (0x08, !((Intercept3::NMI as u64) << 32 | 0xffff_ffff)),
+    (0x08, !(((Intercept3::NMI | Intercept3::HLT) as u64) << 32 | 0xffff_ffff)),
     (0x10, u64::MAX),
     (offset_of!(Vmcb, iopm_base) as u16, u64::MAX),
     (offset_of!(Vmcb, msrpm_base) as u16, u64::MAX),
@@ -163,6 +163,12 @@ impl<'a> SvmVcpu<'a> {
     /// The raw VMCB, for state that [`Vcpu`] does not name.
     pub fn vmcb_mut(&mut self) -> &mut Vmcb {
         self.vmcb
+    }
+
+    /// Whether HLT exits.
+    pub fn exit_on_halt(&mut self, on: bool) {
+        let others = self.vmcb.intercept3 & !Intercept3::HLT;
+        self.vmcb.intercept3 = others | if on { Intercept3::HLT } else { 0 };
     }
 
     /// Raises an NMI on the next run.
@@ -454,6 +460,13 @@ mod tests {
                 v.exit();
                 v.inject(Exception::Debug);
                 assert_eq!(constant(v), before);
+                for on in [true, false] {
+                    v.exit_on_halt(on);
+                    assert_eq!(
+                        (v.vmcb().intercept3 & Intercept3::HLT != 0, constant(v)),
+                        (on, before.clone())
+                    );
+                }
                 v.begin_step();
                 assert_eq!(constant(v), before);
                 v.end_step(Exit::Smi);

@@ -449,10 +449,16 @@ impl Machine {
         }
     }
 
-    /// Has the guest run a shell script that starts another kernel in its own's place, and waits for that one's init.
-    pub fn restart_guest(&mut self, script: &str) -> Result<()> {
+    /// Has the guest begin to run a shell script.
+    pub fn begin(&mut self, script: &str) -> Result<()> {
         self.wait_ready()?;
         self.channel.send_script(script)?;
+        Ok(())
+    }
+
+    /// Has the guest run a shell script that starts another kernel in its own's place, and waits for that one's init.
+    pub fn restart_guest(&mut self, script: &str) -> Result<()> {
+        self.begin(script)?;
         self.wait_init()
     }
 
@@ -542,8 +548,7 @@ impl Machine {
 
     /// Runs a shell script that resets the machine, and waits for that.
     pub fn reset_by(mut self, script: &str) -> Result<()> {
-        self.wait_ready()?;
-        self.channel.send_script(script)?;
+        self.begin(script)?;
         self.ends_by("guest-reset")
     }
 

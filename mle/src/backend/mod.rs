@@ -218,6 +218,15 @@ impl Vcpu<'_> {
     }
 }
 
+impl Vcpu<'_> {
+    /// Whether HLT exits from now on. VMX keeps that a CPU halts, and needs no exit.
+    pub fn exit_on_halt(&mut self, on: bool) {
+        if let Self::Svm(vcpu) = self {
+            vcpu.exit_on_halt(on);
+        }
+    }
+}
+
 impl<'a> Deref for Vcpu<'a> {
     type Target = dyn hv::vcpu::Vcpu + 'a;
     fn deref(&self) -> &Self::Target {

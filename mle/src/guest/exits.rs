@@ -64,6 +64,8 @@ pub enum Next {
         /// Address of the next instruction.
         next_rip: u64,
     },
+    /// A CPU that the guest stops has halted.
+    Halt,
     /// The guest shut down (triple fault).
     Shutdown,
     /// The guest touched what it may not have: recorded, and the guest took the exception.
@@ -158,6 +160,7 @@ pub fn answer(
         Exit::Smi => Next::Smi,
         Exit::Nmi => Next::Nmi,
         Exit::Init => Next::Init,
+        Exit::Halt => Next::Halt,
         Exit::Shutdown => Next::Shutdown,
         Exit::Port { string: true, .. } => {
             // No driver moves strings through these ports.
@@ -165,11 +168,9 @@ pub fn answer(
             Next::Resume
         }
         Exit::Port { port, size, input, next_rip, .. } => Next::Port { port, size, input, next_rip },
-        Exit::Halt
-        | Exit::Interrupt
-        | Exit::Exception { .. }
-        | Exit::InvalidState
-        | Exit::Unexpected { .. } => Next::Fatal(exit),
+        Exit::Interrupt | Exit::Exception { .. } | Exit::InvalidState | Exit::Unexpected { .. } => {
+            Next::Fatal(exit)
+        }
     }
 }
 
@@ -248,6 +249,7 @@ mod tests {
             Exit::InvalidateCaches,
             Exit::Smi,
             Exit::Init,
+            Exit::Halt,
             Exit::Shutdown,
         ];
         for exit in exits {

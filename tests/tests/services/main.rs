@@ -2,6 +2,7 @@
 
 mod clients;
 mod handlers;
+mod kexec;
 mod relaunch;
 
 use std::io::Write;
@@ -143,59 +144,6 @@ fn a_guest_raises_smis_without_cordon() {
     let mut machine = boot(&Spec { boot: Boot::Native, ..Spec::default() });
     assert_ne!(poke_smi(&mut machine), 0);
     machine.power_off().unwrap();
-}
-
-/// Loads the kernel that the disk has in the place of the running one, and starts it. Debian's kexec needs libraries that no
-/// other program here does; Perl is on every Debian.
-const KEXEC: &str = r#"mount -t vfat /dev/sda1 /mnt
-cat >/tmp/kexec <<'END'
-open my $kernel, '<', '/mnt/vmlinuz' or die "kernel: $!";
-open my $initrd, '<', '/mnt/initrd.img' or die "initrd: $!";
-open my $file, '<', '/proc/cmdline' or die "cmdline: $!";
-chomp(my $cmdline = <$file>);
-my ($kexec_file_load, $reboot) = (320, 169);
-syscall($kexec_file_load, fileno $kernel, fileno $initrd, length($cmdline) + 1, $cmdline, 0) == 0 or die "load: $!";
-syscall($reboot, 0xfee1dead, 0x28121969, 0x45584543, 0);
-die "reboot: $!";
-END
-/usr/bin/perl /tmp/kexec"#;
-
-/// A CPU can be stopped and started again. A kernel that the guest starts itself finds all CPUs, and firmware as the first one
-/// did, and what waits goes on waiting.
-#[test]
-#[ignore = "takes two minutes"]
-fn firmware_is_there_after_kexec() {
-    images::build_initrd().expect("RAM disk");
-    let folder = tempfile::tempdir().unwrap();
-    let initrd_with = folder.path().join("initrd.img");
-    initrd::add_program(&paths::initrd(), "/usr/bin/perl".as_ref(), &initrd_with).unwrap();
-    let config = folder.path().join("cordon.conf");
-    std::fs::write(&config, POLICIES).unwrap();
-    for boot_by in [Boot::Cordon, Boot::Native] {
-        let config = (boot_by == Boot::Cordon).then(|| config.clone());
-        let mut machine =
-            boot(&Spec { boot: boot_by, initrd: initrd_with.clone(), config, ..Spec::default() });
-        machine.check("touch /tmp/first").unwrap();
-        // A CPU that goes and comes back.
-        let online = "/sys/devices/system/cpu/cpu1/online";
-        machine.check(&format!("echo 0 >{online} && test $(nproc) = 1 && echo 1 >{online}")).unwrap();
-        machine.check("taskset 2 true && test $(nproc) = 2").unwrap();
-        for name in ["Boot00C1", "Boot00D1"] {
-            write(&mut machine, name).unwrap();
-        }
-        if let Err(error) = machine.restart_guest(KEXEC) {
-            panic!("{boot_by:?}: {error:#}\n{}", machine.diagnosis());
-        }
-        machine.check("! test -e /tmp/first && test $(nproc) = 2").unwrap();
-        for name in ["Boot00C1", "Boot00D1"] {
-            assert!(reads_back(&mut machine, name), "{boot_by:?} {name}");
-        }
-        if boot_by == Boot::Cordon {
-            write(&mut machine, "Boot00C0").unwrap_err();
-            machine.check("cordon verify").unwrap();
-        }
-        machine.power_off().unwrap();
-    }
 }
 
 /// People change the boot order with efibootmgr, and the firmware follows it.
