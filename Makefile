@@ -38,7 +38,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   CMDLINE=         words to add to the kernel command line
 #@   CONFIG=          Cordon's configuration file
 #@   RELAUNCH=1       keep memory for policy relaunch
-#@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error;
+#@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error, ticket;
 #@                    at SENTER: mle-tables, mle-hole, heap-size, pmr-uncovering, stale-error, dmar-changed, rlp-missing
 #@   QEMU_ARGS=       more arguments for QEMU
 #@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take (900 with MACHINE=intel)

@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
-use hv::launch::{SLB_SIZE, SLB_SLRT_POINTER_OFFSET};
+use hv::launch::{CordonEntry, FLAG_RESUME, SLB_SIZE, SLB_SLRT_POINTER_OFFSET};
 use hv::slrt::{self, DlInfo, Slrt};
 use sha2::{Digest, Sha256};
+use zerocopy::{FromBytes, Immutable};
 
 use crate::gdb::{Break, Gdb, Stop};
 use crate::microcode;
@@ -36,6 +37,8 @@ pub const CANDIDATES: std::ops::Range<u64> = 1..0x9f;
 const PAGE: u64 = 0x1000;
 /// What RIP, CS and CR0 hold on a CPU that INIT has reset and no SIPI has started.
 const INIT_STATE: [(&str, u64); 3] = [("rip", 0xfff0), ("cs", 0xf000), ("cr0", 0x6000_0010)];
+/// Where a relaunch has its ticket, past the two regions in its memory: `Answer` in `mle/src/relaunch/mod.rs`.
+const RELAUNCH_TICKET: u64 = 0x1008;
 /// How often, and how long each time, a CPU may run until it has carried out its INIT.
 const INIT_WAITS: usize = 20;
 const INIT_WAIT: Duration = Duration::from_millis(50);
@@ -51,6 +54,8 @@ pub enum Fault {
     SlbChanged,
     /// The TPM took no part in the event.
     TpmError,
+    /// Before a relaunch a bit of the ticket that it is handed was changed, by what ran last in the gap.
+    Ticket,
 }
 
 /// A DRTM event that took place.
@@ -188,6 +193,9 @@ impl Part {
         loop {
             let Some((cpu, at)) = self.wait_for_skinit()? else { return Ok(()) };
             let launch = self.measure(&cpu, at)?;
+            if self.fault == Some(Fault::Ticket) {
+                self.change_ticket(launch.base)?;
+            }
             if let Some(items) = &self.logged {
                 self.gdb.monitor(&format!("log {items}"))?;
             }
@@ -366,13 +374,30 @@ impl Part {
         Ok(())
     }
 
-    /// Where the SLB stage will enter the MLE, if the loader's table is sound.
-    fn mle_entry(&mut self, base: u64) -> Result<u64> {
+    /// An entry of the table that the SLB at `base` is given.
+    fn table_entry<T: FromBytes + Immutable>(&mut self, base: u64, tag: u32) -> Result<T> {
         let pointer = self.gdb.read(base + SLB_SLRT_POINTER_OFFSET, 8)?;
         let pointer = u64::from_le_bytes(pointer.as_slice().try_into()?);
         let table = self.gdb.read(pointer, slrt::MAX_SIZE)?;
         let slrt = Slrt::parse(&table).map_err(|e| anyhow::anyhow!("{e}"))?;
-        let info: DlInfo = slrt.entry(slrt::TAG_DL_INFO).map_err(|e| anyhow::anyhow!("{e}"))?;
+        slrt.entry(tag).map_err(|e| anyhow::anyhow!("{e}"))
+    }
+
+    /// Changes a bit of the ticket by which a guest that waits is to go on, if one does.
+    fn change_ticket(&mut self, base: u64) -> Result<()> {
+        let entry: CordonEntry = self.table_entry(base, slrt::TAG_CORDON)?;
+        if entry.flags.get() & FLAG_RESUME != 0 {
+            let at = entry.relaunch.base.get() + 2 * entry.mle_region.size.get() + RELAUNCH_TICKET;
+            let bytes = self.gdb.read(at, 1)?;
+            self.gdb.write(at, &[bytes[0] ^ 1])?;
+            self.say(&format!("the ticket at {at:#x} is changed"));
+        }
+        Ok(())
+    }
+
+    /// Where the SLB stage will enter the MLE, if the loader's table is sound.
+    fn mle_entry(&mut self, base: u64) -> Result<u64> {
+        let info: DlInfo = self.table_entry(base, slrt::TAG_DL_INFO)?;
         info.dlme_base.get().checked_add(info.dlme_entry.get()).context("SLRT: MLE entry point wraps")
     }
 

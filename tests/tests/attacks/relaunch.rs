@@ -2,15 +2,19 @@
 //! the guest does not go on.
 
 use std::fs;
+use std::path::Path;
 
 use hv::addr::PAGE_SIZE;
 use hv::launch::{RELAUNCH_MLE, relaunch_size};
 use sha2::{Digest, Sha256};
 use tests::machine::{Boot, Machine, Spec};
 use tests::paths;
+use tests::skinit::Fault;
 
-use super::firmware::{OTHER, SECRET, VARIABLES, VENDOR, config, dma, edu, hostile, run, start, write32};
-use super::{Places, SCRATCH, number_after, seen, seen_of_long};
+use super::firmware::{
+    OTHER, SECRET, VARIABLES, VENDOR, code, config, dma, edu, hostile, run, start, write32,
+};
+use super::{Places, SCRATCH, boot, guest, number_after, seen, seen_of_long};
 
 // Where in the rest of the block things are handed over: `mle/src/relaunch/mod.rs`.
 const ROUND: u64 = 8;
@@ -29,11 +33,19 @@ struct Ground {
     region: u64,
 }
 
+/// The configuration under which each call of the implant takes place between two launches.
+fn policy() -> tempfile::TempPath {
+    config(&format!("log = info\nservice.SetVariable.{VENDOR}:* = relaunch"))
+}
+
+fn spec(policy: &Path) -> Spec {
+    Spec { relaunch: true, cpus: 1, memory: 1024, ..hostile(Boot::Cordon, &[], Some(policy)) }
+}
+
 impl Ground {
     fn start() -> Self {
-        let config = config(&format!("log = info\nservice.SetVariable.{VENDOR}:* = relaunch"));
-        let spec = hostile(Boot::Cordon, &[], Some(&config));
-        let mut machine = start(&Spec { relaunch: true, cpus: 1, memory: 1024, ..spec });
+        let policy = policy();
+        let mut machine = start(&spec(&policy));
         let region = Places::find(&mut machine).mle_size;
         // What the new launch of a first call said.
         let block = number_after(&machine.console(), "a guest waits in 0x");
@@ -92,24 +104,24 @@ const CHANGES: [Change; 10] = [
     Change { name: "the next MLE", at: |g| g.rest(RELAUNCH_MLE + mle_size() - 8), reason: UNKNOWN },
 ];
 
-/// A guest whose machine firmware changes between two launches does not go on, and the serial line says why.
-fn ends(mut ground: Ground, change: &Change) {
-    let at = (change.at)(&mut ground);
-    let machine = &mut ground.machine;
-    // Four bytes: the word behind the SLB's reserved one is code.
-    let error = match run(machine, &write32(at, OTHER as u32)) {
+/// A guest whose machine is changed between two launches does not go on, and the serial line says why.
+fn ends_by(machine: &mut Machine, implant: &[u8], what: &str, reason: &str) {
+    let error = match run(machine, implant) {
         Err(error) => error.to_string(),
-        Ok(outcome) => panic!("{}: {outcome:x?}", change.name),
+        Ok(outcome) => panic!("{what}: {outcome:x?}"),
     };
     let console = machine.console();
-    assert!(
-        error.contains("guest-reset") && !error.contains("triple"),
-        "{}: {error}\n{console}",
-        change.name
-    );
-    let reason = console.lines().any(|line| line.contains("FATAL") && line.contains(change.reason));
-    assert!(reason, "{}: no {:?} in {console}", change.name, change.reason);
-    seen(&format!("{BETWEEN} change {}", change.name), true);
+    assert!(error.contains("guest-reset") && !error.contains("triple"), "{what}: {error}\n{console}");
+    let told = console.lines().any(|line| line.contains("FATAL") && line.contains(reason));
+    assert!(told, "{what}: no {reason:?} in {console}");
+    seen(&format!("{BETWEEN} change {what}"), true);
+}
+
+/// The same by firmware's hand.
+fn ends(mut ground: Ground, change: &Change) {
+    let at = (change.at)(&mut ground);
+    // Four bytes: the word behind the SLB's reserved one is code.
+    ends_by(&mut ground.machine, &write32(at, OTHER as u32), change.name, change.reason);
 }
 
 /// Firmware that changes nothing of the guest comes back, with what its code left; what ends the machine is a change.
@@ -143,6 +155,19 @@ fn each_change_of_memory_between_launches_ends_the_machine() {
 #[ignore = "takes a machine each; `make test-all` runs it"]
 fn each_change_of_the_hand_over_between_launches_ends_the_machine() {
     each_ends(false);
+}
+
+/// The ticket is written after firmware returned, so it is changed by what can come later: the bench. With the TPM's own the call comes
+/// back, as that of [`Ground::start`] does.
+#[test]
+#[ignore = "takes a machine; `make test-all` runs it"]
+fn a_forged_ticket_ends_the_machine() {
+    let policy = policy();
+    let mut machine = boot(&Spec { fault: Some(Fault::Ticket), ..spec(&policy) });
+    let harmless = code(&[&guest::rax(SECRET)]);
+    ends_by(&mut machine, &harmless, "the ticket of the TPM", UNKNOWN);
+    let drtm = fs::read_to_string(machine.dir().file("drtm.log")).unwrap();
+    assert!(drtm.contains("is changed"), "{drtm}");
 }
 
 /// What firmware does there works on a machine that nothing protects.
