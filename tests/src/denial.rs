@@ -1,5 +1,6 @@
-//! Instructions from SKINIT until all DMA is denied, and what part of the launch that is: QEMU logs each block of code that
-//! the SLB stage runs, and how many instructions a block has.
+//! Instructions from SKINIT until all DMA is denied, and what part of the launch that is. QEMU logs each block of code that
+//! the SLB stage runs, and how many instructions a block has. The MLE, whose log would fill a disk, says itself when it starts the
+//! guest, by a clock that counts instructions.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -9,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use hv::launch::SLB_SIZE;
 
 use crate::machine::{Boot, Machine, Spec};
+use crate::qemu::NS_PER_INSTRUCTION;
 use crate::stage::Stage;
 
 /// How often an IOMMU is told to forget what it knew, before the table that denies all is made (ADR 0001).
@@ -41,17 +43,24 @@ struct Counts {
     all: u64,
 }
 
-/// Boots twice: to learn where the SLB goes and for the times, and to count. Prints what it found.
-pub fn measure(spec: &Spec) -> Result<()> {
-    let spec = Spec { boot: Boot::Cordon, cpus: 1, ..spec.clone() };
-    let mut machine = Machine::start(&spec)?;
+/// Boots until the guest starts: the SLB's address, and [`times`].
+fn boot(spec: &Spec) -> Result<(u64, (f64, f64))> {
+    let mut machine = Machine::start(spec)?;
     let drtm = machine.dir().file("drtm.log");
-    let first = machine.wait_console(|console| {
+    let found = machine.wait_console(|console| {
         let drtm = fs::read_to_string(&drtm).ok()?;
         Some((slb(console)?, times(&drtm, console)?))
     });
-    let (base, (stage, rest)) = first.map_err(|error| error.context(machine.diagnosis()))?;
-    drop(machine);
+    found.map_err(|error| error.context(machine.diagnosis()))
+}
+
+/// Boots three times: to learn where the SLB goes and for the times, to count in the MLE, and to count in the SLB stage. Prints what it
+/// found.
+pub fn measure(spec: &Spec) -> Result<()> {
+    let spec = Spec { boot: Boot::Cordon, cpus: 1, ..spec.clone() };
+    let (base, (stage, rest)) = boot(&spec)?;
+    let (_, (_, counted)) = boot(&Spec { counts: true, ..spec.clone() })?;
+    let mle = (counted * 1e9 / f64::from(NS_PER_INSTRUCTION)) as u64;
     let filter = ["-dfilter".to_owned(), format!("{base:#x}+{SLB_SIZE:#x}")];
     let qemu_args = [spec.qemu_args.as_slice(), &filter].concat();
     // From SKINIT only: with it firmware would take minutes.
@@ -65,17 +74,18 @@ pub fn measure(spec: &Spec) -> Result<()> {
     // A gigabyte, and easy to make again.
     fs::remove_file(file)?;
     let Counts { closed, table, all } = counts;
-    let part = |count: u64| count as f64 * 100.0 / all as f64;
-    println!("\nSLB stage, instructions from SKINIT until");
-    println!(
-        "{closed:>12} ({:.0} %)  all DMA is denied: no table can be read, nothing is cached",
-        part(closed)
-    );
-    println!("{table:>12} ({:.0} %)  the table that denies all 65536 identities is in force", part(table));
-    println!(
-        "{all:>12}         the MLE starts: {stage:.2} s of the {:.2} s from SKINIT to the guest",
-        stage + rest
-    );
+    let launch = all + mle;
+    println!("\nInstructions from SKINIT until     part of the launch (of the SLB stage)");
+    for (count, what) in [
+        (closed, "all DMA is denied: no table can be read, nothing is cached"),
+        (table, "the table that denies all 65536 identities is in force"),
+        (all, "the MLE starts"),
+    ] {
+        let part = |of: u64| count as f64 * 100.0 / of as f64;
+        println!("{count:>12} {:>6.2} % ({:.0} %)  {what}", part(launch), part(all));
+    }
+    println!("{launch:>12}  the guest starts");
+    println!("{stage:.2} s of the {:.2} s from SKINIT to the guest are the SLB stage's", stage + rest);
     Ok(())
 }
 
