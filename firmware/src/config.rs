@@ -125,6 +125,8 @@ pub struct Config {
     pub policies: Policies,
     /// `sandbox.…`.
     pub sandbox: SandboxConfig,
+    /// `dma.reserved`: whether devices keep the memory that firmware reserves for them in IVRS or DMAR.
+    pub dma_reserved: bool,
     /// `smm.handlers`: which software SMIs of the sandbox are raised.
     pub smm: SmmPolicy,
     /// `smm.guest`: whether the guest may raise software SMIs itself.
@@ -145,6 +147,7 @@ impl Default for Config {
             log: LevelFilter::Info,
             policies: Policies::default(),
             sandbox: SandboxConfig::default(),
+            dma_reserved: false,
             smm: SmmPolicy::default(),
             guest_smi: false,
             unlock_pcr: UNLOCK_PCR_DEFAULT,
@@ -338,9 +341,8 @@ impl Config {
             "sandbox.denied-ports" => sandbox.denied_ports = line.one_of(&DENIED, "ignore or stop")?,
             "sandbox.denied-msrs" => sandbox.denied_msrs = line.one_of(&DENIED, "ignore or stop")?,
             "smm.handlers" => self.smm = line.smm_policy()?,
-            "smm.guest" => {
-                self.guest_smi = line.one_of(&[("deny", false), ("allow", true)], "deny or allow")?
-            }
+            "smm.guest" => self.guest_smi = line.one_of(&ALLOWED, "deny or allow")?,
+            "dma.reserved" => self.dma_reserved = line.one_of(&ALLOWED, "deny or allow")?,
             "capsule.room-mib" => self.capsule_mib = line.number("a number of MiB", CAPSULE_MIB)?,
             "unlock.pcr" => self.unlock_pcr = line.number("a PCR", UNLOCK_PCR)?,
             "relaunch.pcr" => self.relaunch_pcr = line.number("a PCR", RELAUNCH_PCR)?,
@@ -424,13 +426,14 @@ impl Config {
 }
 
 /// Keys that may be set once.
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 12] = [
     "log",
     "sandbox.budget-ms",
     "sandbox.budget-exits",
     "sandbox.on-death",
     "sandbox.denied-ports",
     "sandbox.denied-msrs",
+    "dma.reserved",
     "smm.handlers",
     "smm.guest",
     "capsule.room-mib",
@@ -444,6 +447,7 @@ const LEVELS: [(&str, LevelFilter); 5] = [
     ("debug", LevelFilter::Debug),
     ("trace", LevelFilter::Trace),
 ];
+const ALLOWED: [(&str, bool); 2] = [("deny", false), ("allow", true)];
 const DENIED: [(&str, Denied); 2] = [("ignore", Denied::Ignore), ("stop", Denied::Stop)];
 
 /// What was set.
@@ -607,7 +611,8 @@ mod tests {
                     service.GetVariable.*:Secret? = deny\n\
                     sandbox.budget-exits = 5000\nsandbox.on-death = restart\nsandbox.denied-ports = stop\n\
                     sandbox.denied-msrs = ignore\nsandbox.port.0xcf9 = byte\nsandbox.port.0x400-0x47f = dword\n\
-                    sandbox.msr.0x1b = read\nsandbox.pci.00:1f.5 = allow\nsmm.handlers = none\nsmm.guest = allow\nunlock.pcr = 20";
+                    sandbox.msr.0x1b = read\nsandbox.pci.00:1f.5 = allow\nsmm.handlers = none\nsmm.guest = allow\nunlock.pcr = 20\n\
+                    dma.reserved = allow\nprm.parameters.ed32d533-99e6-4209-9cc0-2d72cdd998a7 = 24";
         let c = Config::parse(file.as_bytes()).unwrap();
         assert_eq!((c.log, c.sandbox.budget_ms), (LevelFilter::Debug, 500));
         let p = &c.policies;
@@ -625,7 +630,8 @@ mod tests {
         assert_eq!((s.ports.as_slice(), s.msrs.as_slice()), (ports.as_slice(), [0x1b].as_slice()));
         assert_eq!(s.pci.as_slice(), [0x00fd]);
         assert_eq!(c.smm.handlers, Handlers::Only(Vec::new()));
-        assert_eq!((c.guest_smi, c.unlock_pcr), (true, 20));
+        assert_eq!((c.guest_smi, c.dma_reserved, c.unlock_pcr), (true, true, 20));
+        assert_eq!(c.handlers.iter().map(|handler| handler.bytes).collect::<Vec<_, 1>>(), [24]);
         let list =
             b"smm.handlers = ed32d533-99e6-4209-9cc0-2d72cdd998a7, 68e8c853-2ba9-4dd7-9ac0-91e16155c935";
         let Handlers::Only(list) = Config::parse(list).unwrap().smm.handlers else { panic!("any") };

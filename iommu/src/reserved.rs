@@ -2,7 +2,7 @@
 //! regions (RMRR). Whether it gets them is the caller's decision; that it asked is always told.
 
 use hv::addr::PhysRange;
-use hv::space::{AddressSpace, Error, Kind};
+use hv::space::{AddressSpace, Error, Kind, Region};
 
 /// A stretch of memory, and who wants it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,26 +18,25 @@ pub struct Reserved {
     pub untranslated: bool,
 }
 
-/// Opens `wanted` to DMA when `allowed`, and tells each stretch, with whether it was opened, to `report`. What is closed
-/// or has an owner is never opened.
-///
-/// All devices of the guest share one table, so what is opened for one device is open for all of the guest's.
+/// Opens `range` to DMA by all of the guest's devices: they share one table. What of it is the guest's memory is open to them
+/// anyway, and stays what it is.
 ///
 /// # Errors
-/// [`Error`]: a stretch holds memory of the MLE, of firmware, or registers that are closed. Those before it are open.
-pub fn admit(
-    space: &mut AddressSpace,
-    wanted: impl Iterator<Item = Reserved>,
-    allowed: bool,
-    mut report: impl FnMut(&Reserved, bool),
-) -> Result<(), Error> {
-    for reserved in wanted {
-        if allowed {
-            space.assign(reserved.range.page_outward(), Kind::DmaReserved)?;
-        }
-        report(&reserved, allowed);
+/// [`Error`]: there is memory of the MLE or of firmware in it, or registers that are closed. What comes before those is open.
+pub fn open(space: &mut AddressSpace, range: PhysRange) -> Result<(), Error> {
+    let pages = range.page_outward();
+    if pages.last() >= space.limit() {
+        return Err(Error::BeyondLimit { range, limit: space.limit() });
     }
-    Ok(())
+    let is_open = |kind| matches!(kind, Kind::Ram | Kind::DmaReserved);
+    loop {
+        let closed = |region: Region| (!is_open(region.kind)).then_some(region.range);
+        let part = space.regions().filter_map(closed).find_map(|range| range.intersection(&pages));
+        match part {
+            Some(part) => space.assign(part, Kind::DmaReserved)?,
+            None => return Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -69,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_of_firmware_are_told_and_opened_when_allowed() {
+    fn ranges_of_firmware_are_found_and_opened() {
         let ivrs = Table::new()
             .block(&ivmd(0x22, 7, 0, 0x7000_0800, 0x1000))
             .block(&ivmd(0x21, 8, 1, 0x7100_0000, 0x1000))
@@ -101,17 +100,21 @@ mod tests {
                 one(None, range(0x7300_0000, 0x7300_0fff), false),
             ]
         );
-        for allowed in [false, true] {
-            let mut space = space();
-            let mut told = vec![];
-            admit(&mut space, wanted.iter().copied(), allowed, |reserved, open| told.push((*reserved, open)))
-                .unwrap();
-            assert_eq!(told, wanted.iter().map(|reserved| (*reserved, allowed)).collect::<Vec<_>>());
-            for address in [0x7000_0000, 0x7000_1fff, 0x7100_0000, 0x7200_ffff, 0x7300_0000] {
-                assert_eq!(reaches(&space, address), allowed, "{address:#x}");
-            }
-            assert!(!reaches(&space, 0x7000_2000) && !reaches(&space, 0x7201_0000));
+        let mut space = space();
+        let guests = range(0x7200_4000, 0x7200_4fff);
+        space.assign(guests, Kind::Ram).unwrap();
+        let places = [0x7000_0000, 0x7000_1fff, 0x7100_0000, 0x7200_0000, 0x7200_ffff, 0x7300_0000];
+        assert!(!places.iter().any(|at| reaches(&space, *at)));
+        for reserved in &wanted {
+            open(&mut space, reserved.range).unwrap();
         }
+        for at in places {
+            assert_eq!(space.find(at).unwrap().kind, Kind::DmaReserved, "{at:#x}");
+        }
+        assert_eq!(space.find(0x7200_4000).unwrap(), Region { range: guests, kind: Kind::Ram });
+        assert!(!reaches(&space, 0x7000_2000) && !reaches(&space, 0x7201_0000));
+        let beyond = range(space.limit() - 1, space.limit());
+        assert!(matches!(open(&mut space, beyond), Err(Error::BeyondLimit { .. })));
     }
 
     #[test]
@@ -119,12 +122,8 @@ mod tests {
         let table = dmar::Table::new(39).region(0, MLE - 0x1000, MLE + 0xfff, &[]).finish();
         let machine = Machine::new();
         let mut space = space();
-        let wanted = Dmar::new(&table).unwrap().reserved(&machine).collect::<Vec<_>>();
-        assert!(admit(&mut space, wanted.iter().copied(), false, |_, _| {}).is_ok());
-        assert!(matches!(
-            admit(&mut space, wanted.iter().copied(), true, |_, _| {}),
-            Err(Error::Overlap { .. })
-        ));
+        let wanted = Dmar::new(&table).unwrap().reserved(&machine).next().unwrap();
+        assert!(matches!(open(&mut space, wanted.range), Err(Error::Overlap { .. })));
         assert!(!reaches(&space, MLE));
     }
 }

@@ -3,14 +3,18 @@
 use core::fmt;
 
 use hv::addr::PhysRange;
-use hv::io::Mmio;
+use hv::io::{Mmio, PortIo};
 use hv::radix::{self, AMD_VI, PageSize, TablePool, Tables};
+use hv::space;
 use iommu::amd_vi::{self, AmdVi, Root};
 use iommu::dmar::Dmar;
 use iommu::fault::{Drained, Fault};
 use iommu::ivrs::Ivrs;
+use iommu::reserved::Reserved;
 use iommu::vt_d::{self, Need, Protection, VtD};
 use iommu::{DmaArea, Platform};
+
+use super::reserved::RESERVED_MAX;
 
 /// Bytes of an AMD IOMMU's registers that are used.
 const AMD_VI_WINDOW: u64 = 0x4000;
@@ -26,6 +30,10 @@ pub enum Error {
     VtD(vt_d::Error),
     /// Tables for devices.
     Tables(radix::Error),
+    /// More than [`RESERVED_MAX`](super::reserved::RESERVED_MAX) ranges of reserved memory.
+    TooManyReserved,
+    /// Reserved memory has another owner.
+    Reserved(space::Error),
 }
 
 impl fmt::Display for Error {
@@ -34,6 +42,10 @@ impl fmt::Display for Error {
             Self::AmdVi(e) => e.fmt(f),
             Self::VtD(e) => e.fmt(f),
             Self::Tables(e) => write!(f, "tables for devices: {e}"),
+            Self::TooManyReserved => {
+                write!(f, "more than {RESERVED_MAX} ranges of memory reserved for devices in IVRS or DMAR")
+            }
+            Self::Reserved(e) => write!(f, "memory reserved for devices: {e}"),
         }
     }
 }
@@ -71,14 +83,31 @@ impl<'a> Listed<'a> {
     /// # Errors
     /// The table is malformed.
     pub fn windows(self) -> Result<impl Iterator<Item = PhysRange> + use<'a>, Error> {
-        let (ivrs, dmar) = match self {
-            Self::Ivrs(table, _) => (Some(Ivrs::new(table).map_err(amd_vi::Error::from)?), None),
-            Self::Dmar(table, _) => (None, Some(Dmar::new(table).map_err(vt_d::Error::from)?)),
-        };
+        let (ivrs, dmar) = self.parsed()?;
         let amd = ivrs.into_iter().flat_map(|ivrs| ivrs.units().map(|u| (u.base(), AMD_VI_WINDOW)));
         let intel =
             dmar.into_iter().flat_map(|dmar| dmar.units().map(|u| (u.base(), u.size().max(VT_D_WINDOW))));
         Ok(amd.chain(intel).filter_map(|(base, size)| PhysRange::new(base, size)))
+    }
+
+    /// Memory that firmware wants devices to go on reaching; a range may come several times. `ports` reach configuration space.
+    ///
+    /// # Errors
+    /// The table is malformed.
+    pub fn reserved<P: PortIo>(
+        self,
+        ports: &P,
+    ) -> Result<impl Iterator<Item = Reserved> + use<'a, '_, P>, Error> {
+        let (ivrs, dmar) = self.parsed()?;
+        let amd = ivrs.into_iter().flat_map(|ivrs| ivrs.reserved());
+        Ok(amd.chain(dmar.into_iter().flat_map(|dmar| dmar.reserved(ports))))
+    }
+
+    fn parsed(self) -> Result<(Option<Ivrs<'a>>, Option<Dmar<'a>>), Error> {
+        Ok(match self {
+            Self::Ivrs(table, _) => (Some(Ivrs::new(table).map_err(amd_vi::Error::from)?), None),
+            Self::Dmar(table, _) => (None, Some(Dmar::new(table).map_err(vt_d::Error::from)?)),
+        })
     }
 }
 

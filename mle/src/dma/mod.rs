@@ -2,6 +2,7 @@
 //! they were set to.
 
 mod iommus;
+pub mod reserved;
 pub mod shown;
 
 use core::fmt::{self, Write};

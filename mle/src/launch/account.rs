@@ -55,6 +55,9 @@ pub fn record(
     for claim in &guest.claims {
         exposure::record(&claim.on_record(cpus.local.id(), exposure::now_us(&clock)));
     }
+    for wanted in &guest.reserved {
+        exposure::record(&wanted.on_record(cpus.local.id(), exposure::now_us(&clock)));
+    }
     for (open, text) in [
         (left != Left::Ordinary, ALL_INTERRUPTS),
         (cpus.smi_command.is_err(), "the FADT's SMI command port"),

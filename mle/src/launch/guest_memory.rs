@@ -23,6 +23,7 @@ use crate::acpi::{self, Ecam, MAX_ECAM};
 use crate::boot::{self, BootError, Layout, Start};
 use crate::devices::{self, CLAIMS_MAX, Claim};
 use crate::dma::Iommus;
+use crate::dma::reserved::{self, RESERVED_MAX, Wanted};
 use crate::guest::pci::{self, Guarded, MAX_GUARDED};
 use crate::guest::windows::UNIT_BASE;
 use crate::inputs::{self, InputError};
@@ -66,6 +67,8 @@ pub struct GuestMemory {
     pub tables_at: (u64, u64),
     /// Devices in firmware's memory map.
     pub claims: Vec<Claim, CLAIMS_MAX>,
+    /// Memory that firmware reserves for devices.
+    pub reserved: Vec<Wanted, RESERVED_MAX>,
     /// Configuration space.
     pub config_space: ConfigSpace,
     /// The firmware's EFI tables.
@@ -117,8 +120,12 @@ impl GuestMemory {
         for claim in &claims {
             warn!("{claim}: {}", if claim.allowed { "left to firmware" } else { "closed to it" });
         }
-        let space =
+        let mut space =
             memory::describe(inputs, map, &claims, &layout, iommus.windows(), &windows, features.bits)?;
+        let reserved = reserved::settle(*listed, &ports, &mut space, config.dma_reserved)?;
+        for wanted in &reserved {
+            warn!("{wanted}: {} devices", if wanted.open { "left to" } else { "closed to" });
+        }
         let config_space = ConfigSpace { windows, guarded, copies: layout.config_space };
         let from = pool.mark();
         let nested = Tables::new(features.vendor.nested_format(), 4, features.largest_nested, pool)?;
@@ -163,6 +170,7 @@ impl GuestMemory {
             device_pages: PhysRange::from_last(device_from, to.saturating_sub(1)),
             tables_at: (from, to),
             claims,
+            reserved,
             config_space,
             efi,
             handlers,

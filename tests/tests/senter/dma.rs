@@ -6,7 +6,7 @@ use tests::edu::{Edu, Guest, Prey};
 use tests::region::{Region, address_at, telling};
 
 use super::Machine;
-use super::memory::{HEAP, HEAP_SIZE, REGION, REGION_SIZE};
+use super::memory::{HEAP, HEAP_SIZE, KEPT, REGION, REGION_SIZE};
 
 /// Gives the TPM's locality back that a device took.
 const RELINQUISH: u8 = 0x20;
@@ -18,10 +18,11 @@ const QUEUE: u64 = 0xfed9_0090;
 
 /// These lie where a kernel without Cordon may have itself.
 const SANDBOX: &str = "sandbox's own page tables";
+const RESERVED: &str = "memory that firmware reserves for devices";
 
 /// For the guest's kernel: memory that it is to leave alone without Cordon too.
 pub fn words() -> String {
-    let reserved = [(SCRATCH, 0x1_0000), (REGION, REGION_SIZE), (HEAP, HEAP_SIZE)];
+    let reserved = [(SCRATCH, 0x1_0000), (REGION, REGION_SIZE), (HEAP, HEAP_SIZE), (KEPT, 0x1000)];
     let reserved: String =
         reserved.iter().map(|(base, size)| format!(" memmap={size:#x}${base:#x}")).collect();
     format!("iomem=relaxed{reserved}")
@@ -49,9 +50,16 @@ pub fn prey(machine: &mut Machine) -> Vec<Prey> {
         ("devices' page tables", word(tables)),
         ("invalidation queue", word(queue)),
         ("TXT heap", HEAP),
+        (RESERVED, KEPT),
         ("unit's registers", ROOT_TABLE),
     ];
     words.map(|(what, at)| Prey::word(what, at)).into_iter().chain([Prey::LOCALITY_2]).collect()
+}
+
+/// Has a device read and write what firmware reserves for devices.
+pub fn reach_reserved(machine: &mut Machine) {
+    let [edu, _] = Edu::pair(machine).unwrap();
+    edu.attack(machine, SCRATCH, &[Prey::word(RESERVED, KEPT)], "guest, VT-d: a device", false).unwrap();
 }
 
 /// How many accesses of devices the MLE has counted.

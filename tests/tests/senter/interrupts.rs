@@ -80,7 +80,7 @@ fn a_device_sends_no_nmi_by_the_guests_own_table() {
     for protected in [true, false] {
         let (words, devices) = (dma::words(), edu::arguments());
         let mut machine = match protected {
-            true => Machine::launch(2, Wrong::Nothing, &words, &paths::initrd(), &devices),
+            true => Machine::launch(2, Wrong::Nothing, (&words, ""), &paths::initrd(), &devices),
             false => Machine::native(2, &words, &devices),
         };
         machine.ready();

@@ -44,11 +44,17 @@ impl Machine {
     fn start(cpus: u32, wrong: Wrong, devices: Option<&devices::Set>) -> Self {
         let initrd = devices.map_or_else(paths::initrd, devices::Set::initrd);
         let arguments = devices.map(devices::Set::arguments).unwrap_or_default();
-        Self::launch(cpus, wrong, "", &initrd, &arguments)
+        Self::launch(cpus, wrong, ("", ""), &initrd, &arguments)
     }
 
-    /// The same, with words for the guest's kernel and arguments for QEMU.
-    fn launch(cpus: u32, wrong: Wrong, words: &str, initrd: &Path, more: &[String]) -> Self {
+    /// The same, with words for the guest's kernel, a configuration, and arguments for QEMU.
+    fn launch(
+        cpus: u32,
+        wrong: Wrong,
+        (words, config): (&str, &str),
+        initrd: &Path,
+        more: &[String],
+    ) -> Self {
         let mut mle = fs::read(paths::mle()).unwrap();
         let at = mle.windows(2).position(|bytes| bytes == GETSEC).unwrap();
         assert!(at < 4096);
@@ -57,7 +63,7 @@ impl Machine {
         let mut initrd = read(initrd);
         initrd.resize(initrd.len().next_multiple_of(4), 0);
         let cmdline = format!("console=ttyS0 {words}");
-        let pieces = memory::pieces(&mle, read(&paths::kernel()), initrd, &cmdline, cpus, wrong);
+        let pieces = memory::pieces(&mle, read(&paths::kernel()), initrd, (&cmdline, config), cpus, wrong);
 
         let mut arguments = more.to_vec();
         let dir = Arc::new(RunDir::create(&paths::build()).unwrap());
@@ -202,6 +208,10 @@ fn linux_starts_behind_vt_d() {
     devices::print("intel-iommu", &done);
     let log = fs::read_to_string(machine.dir.file("qemu.log")).unwrap();
     assert!(!log.contains("vtd_dmar_fault"), "{log}");
+    let reserved = format!("reserved memory {:#x}, 4096 bytes", memory::KEPT);
+    let records = machine.check("cordon log").unwrap();
+    let told = |line: &str| line.contains(&reserved) && line.contains("refused") && line.contains("denied");
+    assert!(records.lines().any(told), "{records}");
 }
 
 #[test]
@@ -210,7 +220,7 @@ fn an_attack_by_devices_does_not_pass_vt_d() {
     images::build().unwrap();
     images::build_initrd().unwrap();
     let (words, devices) = (dma::words(), edu::arguments());
-    let mut machine = Machine::launch(2, Wrong::Nothing, &words, &paths::initrd(), &devices);
+    let mut machine = Machine::launch(2, Wrong::Nothing, (&words, ""), &paths::initrd(), &devices);
     machine.ready();
     let prey = dma::prey(&mut machine);
     dma::attack(&mut machine, prey.clone(), true);
@@ -219,6 +229,21 @@ fn an_attack_by_devices_does_not_pass_vt_d() {
     let mut machine = Machine::native(2, &words, &devices);
     machine.ready();
     dma::attack(&mut machine, prey, false);
+}
+
+#[test]
+#[ignore = "the control of one attack; `make test-all` runs it"]
+fn reserved_memory_is_devices_if_the_configuration_says_so() {
+    images::build().unwrap();
+    images::build_initrd().unwrap();
+    let (words, devices) = (dma::words(), edu::arguments());
+    let config = "dma.reserved = allow";
+    let mut machine = Machine::launch(2, Wrong::Nothing, (&words, config), &paths::initrd(), &devices);
+    machine.ready();
+    dma::reach_reserved(&mut machine);
+    let records = machine.check("cordon log").unwrap();
+    let told = |line: &str| line.contains("left open") && line.contains("reserved memory");
+    assert!(records.lines().any(told), "{records}");
 }
 
 #[test]
@@ -247,7 +272,7 @@ fn an_attack_that_storms_vt_d_is_counted_and_told_in_part() {
     images::build().unwrap();
     images::build_initrd().unwrap();
     let mut machine =
-        Machine::launch(2, Wrong::Nothing, &dma::words(), &paths::initrd(), &storm::arguments());
+        Machine::launch(2, Wrong::Nothing, (&dma::words(), ""), &paths::initrd(), &storm::arguments());
     machine.ready();
     let log = machine.dir.file("qemu.log");
     assert_eq!(storm::stopped(&log, memory::REGION).unwrap(), 0);

@@ -25,6 +25,9 @@ const TABLES: u64 = 0x1f20_0000;
 const FIRMWARE: u64 = 0x1f30_0000;
 const MAP: u64 = 0x1f40_0000;
 const CMDLINE: u64 = 0x1f50_0000;
+/// A page that firmware reserves for devices.
+pub const KEPT: u64 = 0x1f60_0000;
+const CONFIG: u64 = 0x1f70_0000;
 pub const SINIT: u64 = 0x2ff0_0000;
 pub const HEAP: u64 = 0x3000_0000;
 pub const HEAP_SIZE: u64 = 0x2_0000;
@@ -56,6 +59,8 @@ pub enum Wrong {
 pub type Pieces = Vec<(u64, Vec<u8>)>;
 
 fn blob(base: u64, bytes: &[u8]) -> Blob {
+    // Nothing lies nowhere.
+    let base = if bytes.is_empty() { 0 } else { base };
     Blob { base: base.into(), size: (bytes.len() as u64).into() }
 }
 
@@ -90,7 +95,9 @@ fn firmware() -> Pieces {
         (5, FIRMWARE, FIRMWARE + PAGE),
         (6, FIRMWARE + PAGE, FIRMWARE + 2 * PAGE),
         (7, FIRMWARE + 2 * PAGE, MAP),
-        (2, MAP, REGION),
+        (2, MAP, KEPT),
+        (0, KEPT, KEPT + PAGE),
+        (2, KEPT + PAGE, REGION),
         (0, REGION, REGION + REGION_SIZE),
         (7, REGION + REGION_SIZE, SINIT),
         (0, SINIT, HEAP + HEAP_SIZE),
@@ -137,7 +144,7 @@ pub fn pieces(
     mle: &[u8],
     kernel: Vec<u8>,
     initrd: Vec<u8>,
-    cmdline: &str,
+    (cmdline, config): (&str, &str),
     cpus: u32,
     wrong: Wrong,
 ) -> Pieces {
@@ -156,8 +163,9 @@ pub fn pieces(
     info.hdr = entry_header::<LogInfo>(TAG_LOG_INFO);
     (info.format, info.size, info.addr) = (LOG_FORMAT_TPM2.into(), (LOG_SIZE as u32).into(), LOG.into());
     builder.entry(&info).unwrap();
+    let [cmdline, config] = [cmdline, config].map(|text| text.as_bytes().to_vec());
     let places =
-        [Blob::default(), blob(KERNEL, &kernel), blob(INITRD, &initrd), blob(CMDLINE, cmdline.as_bytes())];
+        [blob(CONFIG, &config), blob(KERNEL, &kernel), blob(INITRD, &initrd), blob(CMDLINE, &cmdline)];
     builder.policy(&policy_entries(places)).unwrap();
     let mut intel = IntelInfo::new_zeroed();
     intel.hdr = entry_header::<IntelInfo>(TAG_INTEL);
@@ -242,12 +250,15 @@ pub fn pieces(
         (REGION, mle.to_vec()),
         (KERNEL, kernel),
         (INITRD, initrd),
-        (CMDLINE, cmdline.as_bytes().to_vec()),
+        (CMDLINE, cmdline),
+        (CONFIG, config),
+        (KEPT, b"reserved".to_vec()),
         (SLRT, slrt.to_vec()),
         (LOG, log),
         (TABLES, tables),
         (HEAP, heap),
     ];
     pieces.extend(firmware);
+    pieces.retain(|(_, bytes)| !bytes.is_empty());
     pieces
 }

@@ -1,7 +1,9 @@
 //! What plays the machine before the MLE's entry, as code that the emulated CPUs run: the chipset's part (where TXT's registers
-//! show), SINIT's (its copy of the DMAR, where the RSDP is) and SENTER's with the other processors.
+//! show), SINIT's (its copy of the DMAR, with a reserved region more, where the RSDP is) and SENTER's with the other processors.
 
 use std::arch::global_asm;
+
+use super::memory::KEPT;
 
 /// Where the stub is loaded and entered, by QEMU's multiboot, in flat 32-bit mode.
 pub const BASE: u32 = 0x10_0000;
@@ -21,6 +23,10 @@ global_asm!(
     // Patched: see `Parameters`.
     "senter_stub_parameters:",
     "  .long 0, 0, 0, 0, 0, 0",
+    // A reserved region (RMRR) for no device in particular, which QEMU's table has none of.
+    "  .short 1, 24, 0, 0",
+    "  .quad {kept}, {kept} + 0xfff",
+    ".set region, senter_stub_parameters - head + 24",
     ".set entry, senter_stub_parameters - head",
     ".set wakeup, senter_stub_parameters - head + 4",
     ".set rsdp_to, senter_stub_parameters - head + 8",
@@ -80,10 +86,24 @@ global_asm!(
     "  jb 8b",
     "  hlt",
     "9: mov ecx, [esi + 4]",
-    "  mov edi, [dmar_size_to]",
-    "  mov [edi], ecx",
     "  mov edi, [dmar_to]",
     "  rep movsb",
+    "  mov esi, offset region",
+    "  mov ecx, 24",
+    "  rep movsb",
+    "  mov edi, [dmar_to]",
+    "  mov ecx, [edi + 4]",
+    "  add ecx, 24",
+    "  mov [edi + 4], ecx",
+    "  mov ebx, [dmar_size_to]",
+    "  mov [ebx], ecx",
+    "  mov byte ptr [edi + 9], 0",
+    "  xor eax, eax",
+    "2: sub al, [edi]",
+    "  inc edi",
+    "  loop 2b",
+    "  mov edi, [dmar_to]",
+    "  mov [edi + 9], al",
     // The others, into the loop that waits for the MLE.
     "  cmp dword ptr [others], 0",
     "  je 4f",
@@ -159,6 +179,7 @@ global_asm!(
     ".popsection",
     base = const BASE,
     trampoline = const TRAMPOLINE,
+    kept = const KEPT,
 );
 
 unsafe extern "C" {
