@@ -5,6 +5,7 @@
 
 use core::sync::atomic::Ordering;
 
+use firmware::smm::facts;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::Msr;
 use hv::radix::Tables;
@@ -15,9 +16,9 @@ use crate::guest::cpuid::Leaf;
 use crate::guest::exits::Hardware;
 use crate::guest::msr::{self, Guards};
 use crate::metal::Msrs;
-use crate::paging;
 use crate::pool::PagePool;
 use crate::trap::{self, Arrived, Bases, IST_STACKS};
+use crate::{paging, smi};
 
 const DEBUGCTL: u32 = 0x1d9;
 const DEBUGCTL_BTF: u64 = 1 << 1;
@@ -79,6 +80,8 @@ pub struct Cpu {
     msrs: Msrs,
     efer_bits: u64,
     guards: Guards,
+    /// The CPU, if it counts the SMIs that are no exits.
+    counting: Option<facts::Cpu>,
     host: Host,
 }
 
@@ -116,7 +119,10 @@ impl Loaded {
         let host = unsafe { Host::enable(vendor, memory.pages, &msrs, &bases, memory.arrived) }?;
         let efer_bits = msr::efer_bits(native_cpuid);
         let guards = Guards::of(vendor);
-        Ok((Cpu { arrived: memory.arrived, msrs, efer_bits, guards, host }, memory.vcpu))
+        let intercepts = vendor.is_svm();
+        let counting = facts::Cpu::identify(native_cpuid);
+        let counting = (!intercepts && counting.counts_smis()).then_some(counting);
+        Ok((Cpu { arrived: memory.arrived, msrs, efer_bits, guards, counting, host }, memory.vcpu))
     }
 }
 
@@ -129,6 +135,16 @@ impl Cpu {
     /// Whether a Startup IPI of the guest starts its CPU without the MLE's looking at the APIC page.
     pub fn sees_startup(&self) -> bool {
         self.host.sees_startup()
+    }
+
+    /// SMIs that this CPU has taken since its reset, where it counts what is no exit.
+    pub fn smi_count(&self) -> Option<u32> {
+        self.counting.as_ref().and_then(|cpu| facts::smi_count(cpu, &self.msrs))
+    }
+
+    /// Compares what this CPU's registers say of SMM with the first one's.
+    pub fn compare_facts(&self, id: u32) {
+        smi::compare(id, &self.msrs);
     }
 
     /// Whether no device can mask address line 20.

@@ -115,6 +115,12 @@ fn end(
     fatal::end_by_guest(ports, why, || smp::meet(index, cpu, local, clock))
 }
 
+fn see_smis(index: usize, cpu: &Cpu, local: &Xapic<PhysWindow>, clock: &TscClock) {
+    if let Some(count) = cpu.smi_count() {
+        smi::count::see(index, count, || local.id(), clock);
+    }
+}
+
 /// Runs the guest on this CPU until it sends INIT to it or stops it; on the first CPU, until the launch has to be done again for a firmware call.
 pub fn guest(
     cpu: &mut Cpu,
@@ -127,11 +133,13 @@ pub fn guest(
 ) {
     let mut branch_trap = false;
     let mut signs = smp::Signs::default();
+    see_smis(index, cpu, local, clock);
     loop {
         if smp::before_run(index, cpu, vcpu, windows, local, clock) {
             return;
         }
         let exit = cpu.run(vcpu);
+        see_smis(index, cpu, local, clock);
         count(index, &exit); // before it is handled: the exit that ends us is in the statistics
         if let Some(step) = vcpu.end_step(exit) {
             cpu.restore_branch_trap(branch_trap);

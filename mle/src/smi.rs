@@ -3,6 +3,8 @@
 //! UNSAFETY: the instruction that gives random numbers.
 #![expect(unsafe_code, reason = "the hardware edge")]
 
+pub mod count;
+
 use core::fmt::{Display, Write};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -11,7 +13,7 @@ use firmware::sandbox::SMI_COMMAND;
 use firmware::service::Service;
 use firmware::smm::check::{GuardError, Guarded};
 use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
-use firmware::smm::facts::{self, Facts};
+use firmware::smm::facts::{self, Fact, Facts};
 use heapless::Vec;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::failure::MleError;
@@ -19,7 +21,7 @@ use hv::io::PortIo;
 use hv::radix::Tables;
 use iommu::pci::Function;
 use log::warn;
-use spin::{Mutex, MutexGuard};
+use spin::{Mutex, MutexGuard, Once};
 
 use crate::backend::{Vcpu, VcpuPage, Vendor};
 use crate::cpu::{Cpu, native_cpuid};
@@ -106,6 +108,36 @@ pub fn facts(msrs: &Msrs, ports: &Ports, mem: &Identity, rsdp: u64) -> Facts {
         |id, offset| Function::new(ports, id).read(offset),
         wsmt,
     )
+}
+
+/// What the first CPU's registers say, once it is known: firmware has to lock each CPU.
+static FACTS: Once<Facts> = Once::new();
+/// CPUs that say otherwise, with the first such fact.
+static OTHERWISE: Mutex<Vec<(u32, Fact), MAX_CPUS>> = Mutex::new(Vec::new());
+
+/// Has the CPUs that start from now on compare what their registers say.
+pub fn compare_with(facts: &Facts) {
+    FACTS.call_once(|| facts.clone());
+}
+
+/// Compares this CPU's registers with the first one's.
+pub fn compare(id: u32, msrs: &Msrs) {
+    let cpu = facts::Cpu::identify(native_cpuid);
+    if let Some(fact) = FACTS.get().and_then(|facts| facts.contradiction(&cpu, msrs)) {
+        warn!("CPU {id} says otherwise: {fact}");
+        let mut otherwise = OTHERWISE.lock();
+        if otherwise.iter().all(|(known, _)| *known != id) {
+            // There is room for each CPU.
+            let _ = otherwise.push((id, fact));
+        }
+    }
+}
+
+/// Records of the CPUs on which firmware locked less, or more, than on the first.
+pub fn each_otherwise(now_us: u64, mut record: impl FnMut(&Record)) {
+    for (id, fact) in OTHERWISE.lock().iter() {
+        record(&Record { text: Some(Text::new(fact)), ..Record::new(Kind::LEFT_OPEN, *id, now_us) });
+    }
 }
 
 /// Decides about the sandbox's software SMIs.
@@ -401,6 +433,7 @@ pub fn arrived(index: usize, id: u32, took_us: u64, clock: &TscClock) {
 }
 
 fn expect_echoes(now_us: u64) {
+    count::asked();
     for until in &ECHO_UNTIL {
         until.store(now_us.saturating_add(ECHO_US), Ordering::Relaxed);
     }

@@ -186,6 +186,13 @@ const MSR_HWCR: u32 = 0xc001_0015;
 const MSR_SMM_ADDR: u32 = 0xc001_0112;
 const MSR_SMM_MASK: u32 = 0xc001_0113;
 
+impl Cpu {
+    /// Whether it counts the SMIs that it takes.
+    pub fn counts_smis(&self) -> bool {
+        self.counts_smis
+    }
+}
+
 /// How many SMIs this CPU has taken since reset; `None` where it does not count them. Two readings tell whether
 /// SMM ran in between. Not measured: it differs from boot to boot.
 pub fn smi_count(cpu: &Cpu, msr: &impl Msr) -> Option<u32> {

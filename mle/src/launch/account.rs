@@ -68,6 +68,7 @@ pub fn record(
             record(Kind::LEFT_OPEN, text);
         }
     }
+    smi::each_otherwise(exposure::now_us(&clock), exposure::record);
     exposure::flush(&clock);
 }
 
@@ -84,7 +85,11 @@ pub fn status(inputs: &Inputs, cpu: &Cpu, cpus: usize, smm: &Facts) -> heapless:
             env!("CARGO_PKG_VERSION"),
             say(!inputs.tpm_degraded),
             if cpu.sees_startup() { "by VMX" } else { say(cpu.redirects_init()) },
-            if cpu.sees_startup() { "SMIs are not intercepted: VMX cannot\n" } else { "" },
+            match (cpu.sees_startup(), cpu.smi_count()) {
+                (false, _) => "",
+                (true, Some(_)) => "SMIs are not intercepted: VMX cannot; the CPU counts them\n",
+                (true, None) => "SMIs are not intercepted: VMX cannot; nothing counts them\n",
+            },
         ),
     );
     text

@@ -114,6 +114,7 @@ fn launch<'a>(
 
     // SAFETY: the ground's tables are in force.
     let (mut cpu, page) = unsafe { loaded.enable(ground.features.vendor) }?;
+    smi::compare_with(&smm);
     let mut cpus = Cpus::start(&mut ground, (&guest, &space), &config, &acpi, &cpu)?;
     let relaunch = config.policies.any(Policy::Relaunch);
     let mut plan = match ground.inputs.slb.filter(|_| relaunch) {
