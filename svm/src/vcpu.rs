@@ -160,8 +160,9 @@ impl<'a> SvmVcpu<'a> {
         self.vmcb
     }
 
-    /// The raw VMCB, for state that [`Vcpu`] does not name.
-    pub fn vmcb_mut(&mut self) -> &mut Vmcb {
+    /// The raw VMCB, as the CPU changes it.
+    #[cfg(test)]
+    fn vmcb_mut(&mut self) -> &mut Vmcb {
         self.vmcb
     }
 

@@ -38,7 +38,6 @@ fn a_launch_on<M: Mmio + Clone>(mmio: M) -> Tpm<M, Ticks> {
         let zero = Digest::zero(kernel.bank());
         assert_eq!(tpm.read_pcr(alg, 18).unwrap(), extended(&zero, &kernel));
     }
-    assert_eq!(tpm.read_pcr_banks(18).unwrap().as_slice().len(), 4);
     tpm.release();
     assert_eq!(tpm.locality(), None);
     assert_eq!(tpm.extend(17, &tpm.digests_of(b"late")), Err(Error::LocalityNotHeld));

@@ -2,7 +2,7 @@
 
 use hv::io::{Clock, Mmio};
 
-use crate::bank::{Bank, Banks, Digest, Digests, HashAlg};
+use crate::bank::{Banks, Digest, Digests, HashAlg};
 use crate::command::{
     self, CC_GET_CAPABILITY, CC_PCR_EVENT, CC_PCR_EXTEND, CC_PCR_READ, Command, RESPONSE_MAX,
 };
@@ -174,17 +174,6 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
     pub fn read_pcr(&mut self, alg: HashAlg, pcr: u32) -> Result<Option<Digest>, Error> {
         let command = command::pcr_read(alg, pcr)?;
         self.run(CC_PCR_READ, &command, |response| command::parse_pcr_read(response, alg, pcr))
-    }
-
-    /// Reads one PCR of every active bank that has it.
-    pub fn read_pcr_banks(&mut self, pcr: u32) -> Result<Digests, Error> {
-        let mut digests = Digests::default();
-        for Bank { alg, .. } in self.banks.clone() {
-            if let Some(digest) = self.read_pcr(alg, pcr)? {
-                digests.0.push(digest).map_err(|_| Error::TooManyBanks)?;
-            }
-        }
-        Ok(digests)
     }
 
     fn read_banks(&mut self) -> Result<Banks, Error> {
