@@ -6,8 +6,7 @@ use firmware::call::GuestMem;
 use firmware::capsule::GuestRam;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use hv::radix::Rights;
-use hv::space::{AddressSpace, View};
+use hv::space::{AddressSpace, Kind};
 use hv::vcpu::Control;
 
 const CR0_PG: u64 = 1 << 31;
@@ -19,8 +18,8 @@ const WRITE: u64 = 1 << 1;
 const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
-/// The memory of a guest that runs in 64-bit mode. Reaches what the guest itself reaches as RAM, and no more:
-/// table and data addresses are checked against the address space.
+/// The memory of a guest that runs in 64-bit mode. Reaches the guest's RAM, and no more: table and data addresses are checked
+/// against the address space.
 pub struct GuestView<'a, M> {
     control: Control,
     space: &'a AddressSpace,
@@ -93,18 +92,19 @@ impl<'a, M: PhysMem> GuestView<'a, M> {
         None
     }
 
-    /// Whether the guest has `rights` on RAM at `at`.
-    fn reachable(&self, at: u64, len: usize, rights: Rights) -> bool {
+    /// Whether there is the guest's RAM at `at`. Not any memory that it has: it finds copies, or views of its own, in the place of
+    /// some registers (configuration space, the local APIC), and the MLE would reach what these keep from it.
+    fn is_ram(&self, at: u64, len: usize) -> bool {
         let Some(range) = PhysRange::new(at, len as u64) else { return false };
-        if self.ram.get().is_some_and(|ram| ram.contains(&range)) {
-            return true;
+        if !self.ram.get().is_some_and(|ram| ram.contains(&range)) {
+            let ram = self.space.find(at).filter(|region| region.kind == Kind::Ram);
+            self.ram.set(ram.map(|region| region.range));
         }
-        self.ram.set(self.space.open_around(View::Guest, at));
-        self.space.permits(View::Guest, range, rights | Rights::EXEC)
+        self.ram.get().is_some_and(|ram| ram.contains(&range))
     }
 
     fn read_phys(&self, at: u64, out: &mut [u8]) -> Option<()> {
-        (self.reachable(at, out.len(), Rights::READ) && self.mem.read(at, out)).then_some(())
+        (self.is_ram(at, out.len()) && self.mem.read(at, out)).then_some(())
     }
 }
 
@@ -140,7 +140,7 @@ impl<M: PhysMem> GuestMem for GuestView<'_, M> {
         while !rest.is_empty() {
             let (now, later) = rest.split_at(in_page(va, rest.len()));
             let Some(at) = self.translate(va, true) else { return false };
-            if !self.reachable(at, now.len(), Rights::READ | Rights::WRITE) || !self.mem.write(at, now) {
+            if !self.is_ram(at, now.len()) || !self.mem.write(at, now) {
                 return false;
             }
             va = va.wrapping_add(now.len() as u64);
@@ -152,9 +152,10 @@ impl<M: PhysMem> GuestMem for GuestView<'_, M> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use hv::space::Kind;
+    use hv::radix::Rights;
+    use hv::space::View;
 
+    use super::*;
     use crate::fake::Ram;
 
     const MLE: u64 = 0x8_0000;
@@ -220,6 +221,20 @@ mod tests {
         assert!(v.translate(0x40_2000, false).is_some(), "the table says so");
         assert!(!v.read(0x40_2000, &mut [0]) && !v.write(0x40_2000, &[0]));
         ram.set(0x2000, MLE | 3);
+        assert!(!view(&ram, &space).read(0x40_0000, &mut [0]), "nor is a table read there");
+    }
+
+    #[test]
+    fn the_guests_tables_lead_to_its_ram_and_to_no_registers() {
+        const REGISTERS: u64 = MLE + 0x1000;
+        let (ram, space) = bench();
+        ram.set(0x4010, REGISTERS | 3);
+        let v = view(&ram, &space);
+        let range = PhysRange::new(REGISTERS, 0x1000).unwrap();
+        assert!(space.permits(View::Guest, range, Rights::all()), "the guest has them");
+        assert!(!v.read(0x40_2000, &mut [0]) && !v.write(0x40_2000, &[0]));
+        assert!(!v.write(0x40_1fff, &[0; 2]) && !v.read_ram(REGISTERS, &mut [0]));
+        ram.set(0x2000, REGISTERS | 3);
         assert!(!view(&ram, &space).read(0x40_0000, &mut [0]), "nor is a table read there");
     }
 }

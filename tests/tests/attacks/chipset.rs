@@ -44,12 +44,17 @@ fn write_config(machine: &mut Machine, device: u64, offset: u64, bytes: &[u8]) {
     machine.check(&format!("printf '{text}' | {to}")).unwrap();
 }
 
+/// Where configuration space is in memory.
+pub fn ecam(machine: &mut Machine) -> u64 {
+    u64::from_le_bytes(bytes(machine, "/sys/firmware/acpi/tables/MCFG", 44))
+}
+
 /// Writes registers that only the MLE may write, by ports and by memory; reading them is anybody's right.
 pub fn registers(target: &mut Target) {
     let Target { machine, protected, .. } = target;
     let output = machine.check("cd /sys/bus/pci/devices && grep -l 0x080600 */class").unwrap();
     let iommu = number_after(&output, "0000:00:") << 3 | number_after(&output, ".");
-    let ecam = u64::from_le_bytes(bytes(machine, "/sys/firmware/acpi/tables/MCFG", 44));
+    let ecam = ecam(machine);
     let registers = [
         Register { what: "PAM1: what is memory at C0000h", device: 0, offset: 0x91, bits: 0x11 },
         Register { what: "the IOMMU's own", device: iommu, offset: 0xfc, bits: 0xff },

@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use ::firmware::service::{Service, Target as Called};
+use ::firmware::service::{HYPERCALL_BASE, Service, TARGETS, Target as Called};
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
 use tests::attacks::{seen, seen_of_long};
@@ -29,6 +29,8 @@ use zerocopy::FromBytes;
 
 /// RAM that Linux leaves alone, for devices to write and /dev/mem to show.
 const SCRATCH: u64 = 0x1000_0000;
+/// On these boards devices' registers are from here on, configuration space first.
+const REGISTERS: u64 = 0xb000_0000;
 const SCRATCH_SIZE: u64 = 128 << 20;
 /// Status of a process that a signal ended: SIGILL, SIGSEGV.
 const SIGILL: i32 = 128 + 4;
@@ -431,6 +433,14 @@ fn hypercall_at(called: Called) -> usize {
     (0..4096).find(|&at| ::firmware::tables::target_at(at as u64) == Some(called)).expect("a thunk")
 }
 
+/// A slot's code with a hypercall at the place of `called` behind it, which leaves the number of an error.
+fn at_thunk(called: Called, mut code: Vec<u8>) -> Vec<u8> {
+    code.resize(hypercall_at(called) - 8, 0x90);
+    code.extend(guest::VMMCALL);
+    code.extend([0x48, 0x0f, 0xba, 0xf8, 63]); // btc rax, 63
+    code
+}
+
 /// Makes hypercalls from a program: right number, right page offset, but at CPL 3.
 fn hypercalls_of_programs(target: &mut Target) {
     let service = Called::Service(Service::ResetSystem);
@@ -513,23 +523,33 @@ fn hypercalls_of_kernels(target: &mut Target) {
         return;
     }
     let service = Called::Service(Service::QueryVariableInfo);
-    let at = hypercall_at(service);
     let [p, q] = [0, 0x100].map(|offset| guest::MAPPED + offset);
-    let mut call = vec![0xb9, 7, 0, 0, 0, 0xba]; // mov ecx, 7; mov edx, p
-    call.extend(p.to_le_bytes());
-    call.extend([0x41, 0xb8]); // mov r8d, q
-    call.extend(q.to_le_bytes());
-    call.extend([0x41, 0xb9]); // mov r9d, q
-    call.extend(q.to_le_bytes());
-    call.push(0xb8); // mov eax, number
-    call.extend(service.hypercall().to_le_bytes());
-    let mut there = call.clone();
-    there.resize(at - 8, 0x90);
-    there.extend(guest::VMMCALL);
-    there.extend([0x48, 0x0f, 0xba, 0xf8, 63]); // btc rax, 63: what is left of an error is its number
+    // QueryVariableInfo with one result at p and two at `results`.
+    let call = |results: u32, number: u32| {
+        let mut code = vec![0xb9, 7, 0, 0, 0, 0xba]; // mov ecx, 7; mov edx, p
+        code.extend(p.to_le_bytes());
+        code.extend([0x41, 0xb8]); // mov r8d, results
+        code.extend(results.to_le_bytes());
+        code.extend([0x41, 0xb9]); // mov r9d, results
+        code.extend(results.to_le_bytes());
+        code.push(0xb8); // mov eax, number
+        code.extend(number.to_le_bytes());
+        code
+    };
+    let there = at_thunk(service, call(q, service.hypercall()));
+    let mut call_elsewhere = call(q, service.hypercall());
     // Elsewhere in its page it is no call.
-    call.extend(guest::VMMCALL);
-    assert_eq!(ring0(machine, SCRATCH, &call), UD);
+    call_elsewhere.extend(guest::VMMCALL);
+    assert_eq!(ring0(machine, SCRATCH, &call_elsewhere), UD);
+    // Nor with another number.
+    for (what, number) in [
+        ("another service's number", Called::Service(Service::GetTime).hypercall()),
+        ("a number beyond all", HYPERCALL_BASE + TARGETS as u32),
+        ("no number of ours", u32::MAX),
+    ] {
+        assert_eq!(ring0(machine, SCRATCH, &at_thunk(service, call(q, number))), UD, "{what}");
+        seen(&format!("guest: hypercall with {what}"), true);
+    }
     // With results for the guest's own memory it works.
     write(machine, SCRATCH, 0);
     assert_eq!(ring0(machine, SCRATCH, &there), Ring0::Ran(0));
@@ -543,14 +563,40 @@ fn hypercalls_of_kernels(target: &mut Target) {
         ("launch page", places.launch_page),
         ("EFI runtime data", runtime),
         ("TPM", 0xfed4_2000),
+        ("host bridge's own configuration space", chipset::ecam(machine)),
+        ("I/O APIC", 0xfec0_0000),
+        ("local APIC, past the watched page", 0xfee0_0000),
     ] {
-        let before = (page != 0xfed4_2000).then(|| machine.memory(page, 0x200).unwrap());
+        let before = (page < REGISTERS).then(|| machine.memory(page, 0x200).unwrap());
         assert_eq!(ring0(machine, page, &there), Ring0::Ran(2), "results at {page:#x}");
         if let Some(before) = before {
             assert!(machine.memory(page, 0x200).unwrap() == before, "{page:#x} changed");
         }
         seen(&format!("guest: hypercall with results for the {what}"), true);
     }
+    let nowhere = at_thunk(service, call(0x2000_0000, service.hypercall()));
+    assert_eq!(ring0(machine, SCRATCH, &nowhere), Ring0::Ran(2));
+    seen("guest: hypercall with results for addresses that lead nowhere", true);
+
+    // SetVariable of more bytes than there are: a vendor and the name "a" at p, data behind them.
+    let service = Called::Service(Service::SetVariable);
+    write(machine, SCRATCH + 0x40, u64::from(b'a'));
+    for size in [1 << 32, u64::MAX] {
+        let mut code = vec![0x48, 0x83, 0xec, 0x40, 0x48, 0xc7, 0x44, 0x24, 0x28]; // sub rsp, 64; mov qword [rsp + 40], q
+        code.extend(q.to_le_bytes());
+        code.push(0xb9); // mov ecx, the name
+        code.extend((p + 0x40).to_le_bytes());
+        code.push(0xba); // mov edx, p
+        code.extend(p.to_le_bytes());
+        code.extend([0x41, 0xb8, 7, 0, 0, 0, 0x49, 0xb9]); // mov r8d, 7; mov r9, size
+        code.extend(size.to_le_bytes());
+        code.push(0xb8);
+        code.extend(service.hypercall().to_le_bytes());
+        let mut code = at_thunk(service, code);
+        code.extend([0x48, 0x83, 0xc4, 0x40]); // add rsp, 64
+        assert_eq!(ring0(machine, SCRATCH, &code), Ring0::Ran(2), "{size:#x} bytes");
+    }
+    seen("guest: hypercall with sizes of 2^32 and 2^64 - 1", true);
 }
 
 /// Reads the launch page through its neighbour a MiB above, with address line 20 masked: SKINIT sets VM_CR.DIS_A20M,
