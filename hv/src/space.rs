@@ -269,6 +269,7 @@ impl AddressSpace {
 
     /// The region that holds `addr`; `None` at and past the limit.
     pub fn find(&self, addr: u64) -> Option<Region> {
+        // By bisection: each level of a guest's page tables asks, for each argument of a firmware call.
         let next = self.edges.partition_point(|e| e.start <= addr);
         let edge = self.edges.get(next.checked_sub(1)?)?;
         let end = self.edges.get(next).map_or(self.limit, |e| e.start);
@@ -280,7 +281,6 @@ impl AddressSpace {
     /// guest has the registers of devices as well, but what it finds there need not be what is there.
     pub fn permits(&self, view: View, range: PhysRange, rights: Rights) -> bool {
         let permitted = |edge: &Edge| edge.kind.access(view).is_some_and(|a| a.rights.contains(rights));
-        // By bisection: each level of a guest's page tables asks, for each argument of a firmware call.
         let first = self.edges.partition_point(|e| e.start <= range.start()).saturating_sub(1);
         range.last() < self.limit
             && self.edges.iter().skip(first).take_while(|e| e.start <= range.last()).all(permitted)
