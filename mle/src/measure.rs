@@ -3,15 +3,15 @@
 use core::fmt;
 
 use hv::addr::PhysRange;
-use hv::io::PhysMem;
 use hv::launch::{EV_SLAUNCH, PCR_CODE, PCR_CONFIG, PCR_EXPOSURE, PCR_FIRMWARE, POLICY, event};
+use sha256::Sha256Blocks;
 use tpm::log::EV_NO_ACTION;
-use tpm::{BankHasher, Contention, Digests, Event, Locality, Log, LogWriter, Sha256Blocks, Tpm};
-
+use tpm::{Contention, Digests, Event, Locality, Log, LogWriter, Tpm};
 use zerocopy::IntoBytes;
 
 use crate::inputs::Inputs;
 use crate::logger;
+use crate::memory::read_pieces;
 use crate::metal::{Identity, PhysWindow, TscClock};
 
 /// The localities that the guest does not get, and the pages' addresses.
@@ -87,9 +87,8 @@ impl<'a> Measurer<'a> {
         inputs: &Inputs,
         mem: &Identity,
     ) -> Result<(), MeasureError> {
-        let mut hasher = self.tpm.hasher();
-        hash_memory(&mut hasher, slb, mem)?;
-        self.log.append(PCR_CODE, EV_SLAUNCH, &hasher.finish(), event::SLB.as_bytes())?;
+        let digests = self.hash(Some(slb), mem)?;
+        self.log.append(PCR_CODE, EV_SLAUNCH, &digests, event::SLB.as_bytes())?;
         let event_type = if self.degraded { EV_NO_ACTION } else { EV_SLAUNCH };
         let own: [(u32, &str, &[u8]); 2] =
             [(PCR_CODE, event::MLE, &inputs.mle_sha256), (PCR_CONFIG, event::POLICY, POLICY.as_bytes())];
@@ -115,11 +114,17 @@ impl<'a> Measurer<'a> {
         range: Option<PhysRange>,
         mem: &Identity,
     ) -> Result<(), MeasureError> {
+        let digests = self.hash(range, mem)?;
+        self.digests(pcr, name, &digests)
+    }
+
+    /// The digests of the bytes of `range`, or of nothing at all.
+    fn hash(&self, range: Option<PhysRange>, mem: &Identity) -> Result<Digests, MeasureError> {
         let mut hasher = self.tpm.hasher();
-        if let Some(range) = range {
-            hash_memory(&mut hasher, range, mem)?;
+        match range.filter(|range| !read_pieces(mem, range, &mut |piece| hasher.update(piece))) {
+            Some(range) => Err(MeasureError::Unreadable(range)),
+            None => Ok(hasher.finish()),
         }
-        self.digests(pcr, name, &hasher.finish())
     }
 
     /// Measures `data` into `pcr` under `name`.
@@ -147,23 +152,6 @@ impl<'a> Measurer<'a> {
         self.tpm.release();
         (self.log.used(), self.tpm)
     }
-}
-
-/// Hashes memory by pieces, each copied once.
-fn hash_memory(hasher: &mut BankHasher, range: PhysRange, mem: &Identity) -> Result<(), MeasureError> {
-    let mut piece = [0; 4096];
-    let mut at = range.start();
-    while at <= range.last() {
-        let left = range.last().saturating_sub(at).saturating_add(1);
-        let now = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
-        let piece = piece.get_mut(..now).unwrap_or_default();
-        if !mem.read(at, piece) {
-            return Err(MeasureError::Unreadable(range));
-        }
-        hasher.update(piece);
-        at = at.saturating_add(now as u64);
-    }
-    Ok(())
 }
 
 /// Caps the dynamic PCRs of the launch, as well as the TPM lets us: the last act before a reset.

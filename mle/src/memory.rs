@@ -41,6 +41,23 @@ pub fn copy(mem: &impl PhysMem, from: u64, to: &PhysRange) -> Result<(), PhysRan
     Ok(())
 }
 
+/// Gives `take` the bytes of `range` by pieces, each copied once. False if one is not memory.
+pub fn read_pieces(mem: &impl PhysMem, range: &PhysRange, take: &mut dyn FnMut(&[u8])) -> bool {
+    let mut piece = [0; 4096];
+    let mut at = range.start();
+    while at <= range.last() {
+        let left = range.last().saturating_sub(at).saturating_add(1);
+        let now = usize::try_from(left).unwrap_or(usize::MAX).min(piece.len());
+        let piece = piece.get_mut(..now).unwrap_or_default();
+        if !mem.read(at, piece) {
+            return false;
+        }
+        take(piece);
+        at = at.saturating_add(now as u64);
+    }
+    true
+}
+
 /// Why tables could not be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryError {

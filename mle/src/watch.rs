@@ -15,9 +15,10 @@ use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::radix::{Format, Rights, Tables};
 use hv::vcpu::Access;
-use sha2::{Digest, Sha256};
+use tpm::Sha256;
 
 use crate::exposure;
+use crate::memory::read_pieces;
 use crate::metal::{Identity, TscClock};
 use crate::pool::PagePool;
 
@@ -157,19 +158,8 @@ impl Watch {
 }
 
 fn hash(mem: &impl PhysMem, range: &PhysRange) -> Option<[u8; 32]> {
-    let mut hasher = Sha256::new();
-    let mut piece = [0; PAGE_SIZE as usize];
-    let mut at = range.start();
-    while at <= range.last() {
-        let left = range.last().saturating_sub(at).saturating_add(1);
-        let piece = piece.get_mut(..usize::try_from(left.min(PAGE_SIZE)).ok()?)?;
-        if !mem.read(at, piece) {
-            return None;
-        }
-        hasher.update(&*piece);
-        at = at.saturating_add(piece.len() as u64);
-    }
-    Some(hasher.finalize().into())
+    let mut hasher = Sha256::new(sha256::software);
+    read_pieces(mem, range, &mut |piece| hasher.update(piece)).then(|| hasher.finish())
 }
 
 #[cfg(test)]

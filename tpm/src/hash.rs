@@ -1,29 +1,66 @@
 //! Hashing one stream for several banks at once.
 //!
-//! The compression functions of SHA-2 are the `sha2` crate's. Blocks and padding are done here, once for
-//! all algorithms: the crate's own wrappers do them once for each and have no place for the SHA
-//! instructions of the CPU (see [`Sha256Blocks`]). SHA-1 is ours: that of the `sha1` crate takes a ninth
-//! of an SLB. Tests compare all of it with both crates.
+//! Blocks and padding are done here, once for all algorithms: the `sha2` crate's own wrappers do them once for each and have no
+//! place for the SHA instructions of the CPU. Its compression function of SHA-384 and SHA-512 is used; that of SHA-256 is the
+//! crate `sha256`'s. SHA-1 is ours: that of the `sha1` crate takes a ninth of an SLB. Tests compare all of it with both crates.
 
 use heapless::Vec;
-use sha2::block_api::{compress256, compress512};
+use sha2::block_api::compress512;
+use sha256::Sha256Blocks;
 
 use crate::bank::{Bank, Banks, Digest, Digests, HashAlg, MAX_BANKS, MAX_DIGEST};
-
-/// The SHA-256 compression function over whole blocks. On bare-metal targets the hash crates never use
-/// the CPU's SHA instructions; an image that may use them brings that of the crate `sha-ni`.
-pub type Sha256Blocks = fn(&mut [u32; 8], &[[u8; 64]]);
-/// The compression function of the `sha2` crate.
-pub const SHA256_SOFTWARE: Sha256Blocks = compress256;
 
 /// Longest block, bytes.
 const MAX_BLOCK: usize = 128;
 
 /// An algorithm's chaining value.
+trait Chain {
+    /// Bytes of a block; the length that ends the last one takes an eighth of it.
+    fn block(&self) -> usize;
+
+    /// Takes whole blocks; what is left of `data` after the last one is ignored.
+    fn compress(&mut self, data: &[u8]);
+
+    /// The chaining value, big-endian.
+    fn bytes(&self) -> [u8; MAX_DIGEST];
+}
+
+/// SHA-256's chaining value, and the compression function in use.
+#[derive(Clone)]
+struct Sha256State([u32; 8], Sha256Blocks);
+
+impl Sha256State {
+    /// Spec: \[FIPS180\] "Setting the Initial Hash Value".
+    #[rustfmt::skip]
+    const fn new(blocks: Sha256Blocks) -> Self {
+        Self(
+            [
+                0x6a09_e667, 0xbb67_ae85, 0x3c6e_f372, 0xa54f_f53a, 0x510e_527f, 0x9b05_688c, 0x1f83_d9ab, 0x5be0_cd19,
+            ],
+            blocks,
+        )
+    }
+}
+
+impl Chain for Sha256State {
+    fn block(&self) -> usize {
+        64
+    }
+
+    fn compress(&mut self, data: &[u8]) {
+        self.1(&mut self.0, data.as_chunks().0);
+    }
+
+    fn bytes(&self) -> [u8; MAX_DIGEST] {
+        big_endian(&self.0)
+    }
+}
+
+/// The chaining value of whatever algorithm.
 #[derive(Clone)]
 enum State {
     Sha1([u32; 5]),
-    Sha256([u32; 8], Sha256Blocks),
+    Sha256(Sha256State),
     /// SHA-384 too: it starts elsewhere and is cut at the end.
     Sha512([u64; 8]),
 }
@@ -33,19 +70,7 @@ impl State {
     fn new(alg: HashAlg, sha256: Sha256Blocks) -> Option<Self> {
         Some(match alg {
             HashAlg::SHA1 => Self::Sha1([0x6745_2301, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476, 0xc3d2_e1f0]),
-            HashAlg::SHA256 => Self::Sha256(
-                [
-                    0x6a09_e667,
-                    0xbb67_ae85,
-                    0x3c6e_f372,
-                    0xa54f_f53a, //
-                    0x510e_527f,
-                    0x9b05_688c,
-                    0x1f83_d9ab,
-                    0x5be0_cd19,
-                ],
-                sha256,
-            ),
+            HashAlg::SHA256 => Self::Sha256(Sha256State::new(sha256)),
             HashAlg::SHA384 => Self::Sha512([
                 0xcbbb_9d5d_c105_9ed8,
                 0x629a_292a_367c_d507,
@@ -69,40 +94,43 @@ impl State {
             _ => return None,
         })
     }
+}
 
-    /// Bytes of a block; the length that ends the last one takes an eighth of it.
-    const fn block(&self) -> usize {
+impl Chain for State {
+    fn block(&self) -> usize {
         if matches!(self, Self::Sha512(_)) { 128 } else { 64 }
     }
 
-    /// Takes whole blocks; what is left of `data` after the last one is ignored.
     fn compress(&mut self, data: &[u8]) {
         match self {
             Self::Sha1(state) => data.as_chunks().0.iter().for_each(|block| compress_sha1(state, block)),
-            Self::Sha256(state, compress) => compress(state, data.as_chunks().0),
+            Self::Sha256(state) => state.compress(data),
             Self::Sha512(state) => compress512(state, data.as_chunks().0),
         }
     }
 
-    /// The chaining value, big-endian.
     fn bytes(&self) -> [u8; MAX_DIGEST] {
-        let mut bytes = [0; MAX_DIGEST];
-        let mut put = |words: &[u32]| {
-            for (to, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
-                *to = word.to_be_bytes();
-            }
-        };
         match self {
-            Self::Sha1(state) => put(state),
-            Self::Sha256(state, _) => put(state),
+            Self::Sha1(state) => big_endian(state),
+            Self::Sha256(state) => state.bytes(),
             Self::Sha512(state) => {
+                let mut bytes = [0; MAX_DIGEST];
                 for (to, word) in bytes.as_chunks_mut().0.iter_mut().zip(state) {
                     *to = word.to_be_bytes();
                 }
+                bytes
             }
         }
-        bytes
     }
+}
+
+/// The words of a chaining value as bytes.
+fn big_endian(words: &[u32]) -> [u8; MAX_DIGEST] {
+    let mut bytes = [0; MAX_DIGEST];
+    for (to, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
+        *to = word.to_be_bytes();
+    }
+    bytes
 }
 
 /// Spec: \[FIPS180\] "SHA-1 Hash Computation", the method that keeps sixteen words.
@@ -133,14 +161,21 @@ fn compress_sha1(state: &mut [u32; 5], block: &[u8; 64]) {
 
 /// A hash in progress.
 #[derive(Clone)]
-struct Stream {
-    state: State,
+struct Stream<S: ?Sized> {
     partial: [u8; MAX_BLOCK],
     // Bytes so far: modulo the block size it says how much of `partial` is in use.
     length: u64,
+    state: S,
 }
 
-impl Stream {
+impl<S> Stream<S> {
+    const fn new(state: S) -> Self {
+        Self { partial: [0; MAX_BLOCK], length: 0, state }
+    }
+}
+
+/// An image has this once, whatever it hashes.
+impl Stream<dyn Chain> {
     fn used(&self) -> usize {
         // Both block sizes are powers of two.
         self.length as usize & self.state.block().saturating_sub(1)
@@ -187,25 +222,54 @@ fn copy(to: &mut [u8], from: &[u8]) {
     }
 }
 
+/// Hashes one stream by SHA-256 alone.
+pub struct Sha256(Stream<Sha256State>);
+
+impl Sha256 {
+    /// With the compression function `blocks`.
+    pub const fn new(blocks: Sha256Blocks) -> Self {
+        Self(Stream::new(Sha256State::new(blocks)))
+    }
+
+    /// Takes the next bytes.
+    pub fn update(&mut self, data: &[u8]) {
+        let stream: &mut Stream<dyn Chain> = &mut self.0;
+        stream.update(data);
+    }
+
+    /// The digest.
+    pub fn finish(mut self) -> [u8; 32] {
+        let stream: &mut Stream<dyn Chain> = &mut self.0;
+        stream.finish().first_chunk().copied().unwrap_or_default()
+    }
+
+    /// The digest of `parts`, one after the other.
+    pub fn digest(blocks: Sha256Blocks, parts: &[&[u8]]) -> [u8; 32] {
+        let mut hasher = Self::new(blocks);
+        parts.iter().for_each(|part| hasher.update(part));
+        hasher.finish()
+    }
+}
+
 /// Hashes one stream for all active banks; only active ones cost time.
 #[derive(Clone)]
-pub struct BankHasher(Vec<(Bank, Option<Stream>), MAX_BANKS>);
+pub struct BankHasher(Vec<(Bank, Option<Stream<State>>), MAX_BANKS>);
 
 impl BankHasher {
     /// For `banks`, with SHA-256 in software.
     pub fn new(banks: &Banks) -> Self {
-        Self::with_sha256(banks, SHA256_SOFTWARE)
+        Self::with_sha256(banks, sha256::software)
     }
 
     /// For `banks`, with a SHA-256 compression function of the caller's.
     pub fn with_sha256(banks: &Banks, sha256: Sha256Blocks) -> Self {
-        let stream = |state| Stream { state, partial: [0; MAX_BLOCK], length: 0 };
-        Self(banks.iter().map(|bank| (*bank, State::new(bank.alg, sha256).map(stream))).collect())
+        Self(banks.iter().map(|bank| (*bank, State::new(bank.alg, sha256).map(Stream::new))).collect())
     }
 
     /// Takes the next bytes.
     pub fn update(&mut self, data: &[u8]) {
         for stream in self.0.iter_mut().filter_map(|(_, stream)| stream.as_mut()) {
+            let stream: &mut Stream<dyn Chain> = stream;
             stream.update(data);
         }
     }
@@ -214,7 +278,7 @@ impl BankHasher {
     pub fn finish(mut self) -> Digests {
         let mut digests = Digests::default();
         for (bank, stream) in &mut self.0 {
-            let bytes = stream.as_mut().map(Stream::finish);
+            let bytes = stream.as_mut().map(|stream| (stream as &mut Stream<dyn Chain>).finish());
             let digest = bytes.and_then(|bytes| Digest::new(bank.alg, bytes.get(..bank.size.into())?));
             let _ = digests.0.push(digest.unwrap_or_else(|| Digest::cap(*bank)));
         }
@@ -299,6 +363,9 @@ mod tests {
         ) {
             compare::<sha1::Sha1>(HashAlg::SHA1, &chunks)?;
             compare::<sha2::Sha256>(HashAlg::SHA256, &chunks)?;
+            let parts: std::vec::Vec<_> = chunks.iter().map(|chunk| &chunk[..]).collect();
+            let wanted: [u8; 32] = <sha2::Sha256 as sha2::Digest>::digest(chunks.concat()).into();
+            prop_assert_eq!(Sha256::digest(sha256::software, &parts), wanted);
             compare::<sha2::Sha384>(HashAlg::SHA384, &chunks)?;
             compare::<sha2::Sha512>(HashAlg::SHA512, &chunks)?;
         }

@@ -30,7 +30,7 @@ mod transport;
 pub use bank::{Bank, Banks, Digest, Digests, HashAlg, MAX_BANKS, MAX_DIGEST};
 pub use creation::Ticket;
 pub use error::{Error, Field, Flow, Wait};
-pub use hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks, digest_of};
+pub use hash::{BankHasher, Sha256, digest_of};
 pub use log::{Event, Log, LogError, LogWriter};
 pub use tpm::{Extending, Tpm};
 pub use transport::{BASE, Contention, Locality, WINDOW_SIZE};

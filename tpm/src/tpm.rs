@@ -7,7 +7,9 @@ use crate::command::{
     self, CC_GET_CAPABILITY, CC_PCR_EVENT, CC_PCR_EXTEND, CC_PCR_READ, Command, RESPONSE_MAX,
 };
 use crate::error::{Error, Field};
-use crate::hash::{BankHasher, SHA256_SOFTWARE, Sha256Blocks};
+use sha256::Sha256Blocks;
+
+use crate::hash::BankHasher;
 use crate::log::LogWriter;
 use crate::transport::{Chip, Contention, Locality, Sent};
 
@@ -50,7 +52,7 @@ impl<M: Mmio, C: Clock> Tpm<M, C> {
     /// none.
     pub fn attach(mmio: M, clock: C, locality: Locality, contention: Contention) -> Result<Self, Error> {
         let chip = Chip::attach(mmio, clock)?;
-        let mut tpm = Self { chip, banks: Banks::new(), sha256: SHA256_SOFTWARE };
+        let mut tpm = Self { chip, banks: Banks::new(), sha256: sha256::software };
         tpm.acquire(locality, contention)?;
         Ok(tpm)
     }

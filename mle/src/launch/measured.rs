@@ -9,7 +9,7 @@ use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::launch::{PCR_CONFIG, PCR_FIRMWARE, SlbHeader, event};
 use log::info;
-use sha_ni::Sha256Blocks;
+use sha256::Sha256Blocks;
 use tpm::Tpm;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -55,7 +55,7 @@ pub fn measure<'a>(
     // SAFETY: the TPM's pages are mapped uncached; the MLE drives it alone until the guest runs.
     let window = unsafe { PhysWindow::new(tpm::BASE, tpm::WINDOW_SIZE) };
     // SAFETY: `paging::activate` made SSE usable, and measurements end before anything changes that.
-    let sha256 = unsafe { sha_ni::sha256_blocks() };
+    let sha256 = unsafe { sha256::instructions() };
     let mut measurer = Measurer::open(window, machine.clock, inputs.tpm_degraded, sha256, &mut *log)?;
     match inputs.slb {
         Some(slb) => measurer.log_skinit(measured_slb(&slb, &mem)?, inputs, &mem)?,

@@ -2,7 +2,8 @@
 
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
-use tpm::{Bank, BankHasher, Banks, HashAlg, SHA256_SOFTWARE, Sha256Blocks};
+use sha256::Sha256Blocks;
+use tpm::Sha256;
 use zerocopy::IntoBytes;
 
 use super::{Block, CHUNKS_MAX, Error, Header, at};
@@ -20,19 +21,7 @@ pub struct Hash {
 
 impl Hash {
     pub fn new(blocks: Option<Sha256Blocks>) -> Self {
-        Self { blocks: blocks.unwrap_or(SHA256_SOFTWARE) }
-    }
-
-    fn begin(self) -> BankHasher {
-        let banks: Banks = Bank::computed(HashAlg::SHA256).into_iter().collect();
-        BankHasher::with_sha256(&banks, self.blocks)
-    }
-
-    fn end(hasher: BankHasher) -> Digest {
-        let digests = hasher.finish();
-        let digest = digests.get(HashAlg::SHA256).and_then(|digest| digest.as_bytes().try_into().ok());
-        // The hasher was made for that bank.
-        digest.unwrap_or_default()
+        Self { blocks: blocks.unwrap_or(sha256::software) }
     }
 
     /// The digest of a chunk: which of its pages are all zeros, a bit each, then the bytes of the others. Guests have much memory
@@ -40,7 +29,7 @@ impl Hash {
     fn chunk(self, range: &PhysRange, mem: &impl PhysMem) -> Result<Digest, Error> {
         let mut zeros = [0u64; PAGES / 64];
         let mut page = [0; PAGE_SIZE as usize];
-        let mut hasher = self.begin();
+        let mut hasher = Sha256::new(self.blocks);
         let pages = (range.start()..=range.last()).step_by(PAGE_SIZE as usize);
         for (index, address) in pages.enumerate() {
             if mem.is_zero_page(address).ok_or(Error::Unreadable { address })? {
@@ -53,7 +42,7 @@ impl Hash {
             }
         }
         hasher.update(zeros.as_bytes());
-        Ok(Self::end(hasher))
+        Ok(hasher.finish())
     }
 
     /// Makes the digests of all memory of `header` and writes them into the block.
@@ -69,12 +58,12 @@ impl Hash {
 
     /// The root: over the header and the digests in the block.
     pub fn root(self, header: &Header, block: &Block, mem: &impl PhysMem) -> Result<Digest, Error> {
-        let mut hasher = self.begin();
+        let mut hasher = Sha256::new(self.blocks);
         hasher.update(header.as_bytes());
         for (index, _) in chunks(header, block).enumerate() {
             hasher.update(&read(block, index, mem)?);
         }
-        Ok(Self::end(hasher))
+        Ok(hasher.finish())
     }
 
     /// Compares all memory of `header` with the digests in the block.

@@ -16,7 +16,8 @@ use hv::slrt::{
     ARCH_SKINIT, Builder, DlInfo, LOG_FORMAT_TPM2, LogInfo, SlrtError, TAG_CORDON, TAG_DL_INFO, TAG_LOG_INFO,
     entry_header,
 };
-use tpm::{Contention, Locality, Sha256Blocks, Ticket, Tpm};
+use sha256::Sha256Blocks;
+use tpm::{Contention, Locality, Ticket, Tpm};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::digest::{Digest, Hash};

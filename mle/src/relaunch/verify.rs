@@ -10,7 +10,8 @@ use hv::io::PhysMem;
 use hv::launch::{LAUNCH_PAGE_SIZE, PCR_CONFIG};
 use hv::radix::{MemoryType, Rights, Tables};
 use log::info;
-use tpm::{Contention, Locality, Log, Sha256Blocks, Ticket, Tpm};
+use sha256::Sha256Blocks;
+use tpm::{Contention, Locality, Log, Ticket, Tpm};
 
 use super::digest::Hash;
 use super::{Answer, Block, Error, Header, Step, at, edge, ticks};

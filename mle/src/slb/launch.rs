@@ -8,8 +8,7 @@ use hv::slrt::MAX_SIZE;
 use iommu::Platform;
 use iommu::acpi::{self, copy_table};
 use iommu::amd_vi::{DmaArea, deny_all};
-use sha2::{Digest, Sha256};
-use tpm::{Contention, HashAlg, Locality, Tpm};
+use tpm::{Contention, HashAlg, Locality, Sha256, Tpm};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::memmap::Use;
@@ -158,7 +157,7 @@ fn read(mem: &impl PhysMem, address: u64, out: &mut [u8]) -> Result<(), Failure>
 
 /// The header as we checked it, then the rest of the image: each byte read once (I2).
 fn hash_image(mem: &impl PhysMem, header: &MleHeader, image: &PhysRange) -> Result<[u8; 32], Failure> {
-    let mut hasher = Sha256::new();
+    let mut hasher = Sha256::new(sha256::software);
     hasher.update(header.as_bytes());
     let mut piece = [0; PIECE];
     let mut at = image.start().saturating_add(size_of::<MleHeader>() as u64);
@@ -169,7 +168,7 @@ fn hash_image(mem: &impl PhysMem, header: &MleHeader, image: &PhysRange) -> Resu
         hasher.update(piece);
         at = at.saturating_add(PIECE as u64);
     }
-    Ok(hasher.finalize().into())
+    Ok(hasher.finish())
 }
 
 /// The TPM, which hashes for us in all its banks.
@@ -208,10 +207,8 @@ impl<W: Mmio, C: Clock + Copy> Chip<W, C> {
     ///
     /// Spec: \[TPM2.1\] "Dynamic Root of Trust Measurement": H(0 ‖ H(data)).
     fn check_launch(&mut self, measured: &[u8]) -> Result<(), Failure> {
-        let mut wanted = Sha256::new();
-        wanted.update([0; 32]);
-        wanted.update(Sha256::digest(measured));
-        let wanted: [u8; 32] = wanted.finalize().into();
+        let sha256 = |parts: &[&[u8]]| Sha256::digest(sha256::software, parts);
+        let wanted = sha256(&[&[0; 32], &sha256(&[measured])]);
         let found = self
             .tpm
             .read_pcr(HashAlg::SHA256, PCR_CODE)

@@ -264,7 +264,7 @@ fn extend(alg: HashAlg, value: &TpmDigest, data: &[u8]) -> TpmDigest {
 fn image_and_policy_are_in_the_pcrs_of_every_bank_and_the_handoff_says_where_all_is() {
     let bench = on_fifo();
     let launch = bench.launch().unwrap();
-    let sha256: [u8; 32] = Sha256::digest(image()).into();
+    let sha256 = Sha256::digest(sha256::software, &[&image()]);
     let state = bench.chip.state();
     for alg in ALL {
         let zero = TpmDigest::zero(launched().pcr(alg, 17).bank());
@@ -414,7 +414,7 @@ proptest! {
         let result = bench.launch();
         bench.machine.peace();
         if let Ok(launch) = result {
-            let sha256: [u8; 32] = Sha256::digest(bench.image()).into();
+            let sha256 = Sha256::digest(sha256::software, &[&bench.image()]);
             prop_assert_eq!(launch.handoff.mle_sha256, sha256);
             prop_assert!(!bench.machine.dma_write(ATTACKER, REGION, b"late"));
         }

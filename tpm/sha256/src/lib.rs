@@ -1,8 +1,9 @@
-//! SHA-256 with the CPU's SHA instructions, for images.
+//! SHA-256's compression function for images, in two ways: by the CPU's SHA instructions, and without them.
 //!
-//! The `sha2` crate has them too but leaves them out on bare-metal targets, where the compiler must not
+//! The `sha2` crate has both, too, but leaves the instructions out on bare-metal targets, where the compiler must not
 //! touch XMM registers. Here they are used by assembly alone, which saves and restores each register it
-//! changes: in an MLE they hold the guest's values.
+//! changes: in an MLE they hold the guest's values. Without them that crate has the choice of some 80 instructions a byte, and
+//! of 58 in 10 KiB, a third of an SLB; ours takes 46, in 1.5 KiB. The tests compare both ways with that crate.
 #![cfg_attr(not(test), no_std)]
 // Tests may overflow: that is how they fail.
 #![cfg_attr(test, allow(clippy::arithmetic_side_effects))]
@@ -12,17 +13,87 @@
 use core::arch::naked_asm;
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 
-/// A SHA-256 compression function, as `tpm::Sha256Blocks`.
+/// A SHA-256 compression function over whole blocks.
 pub type Sha256Blocks = fn(&mut [u32; 8], &[[u8; 64]]);
 
-/// The compression function, if the CPU has the instructions it takes.
+/// The compression function for every CPU.
+///
+/// Spec: \[FIPS180\] "SHA-256 Hash Computation".
+pub fn software(state: &mut [u32; 8], blocks: &[[u8; 64]]) {
+    let mut schedule = [0; 64];
+    for block in blocks {
+        fill(&mut schedule, block);
+        take(state, &schedule);
+    }
+}
+
+/// Fills a block's message schedule, four words at a time: the loop itself is five instructions.
+fn fill(schedule: &mut [u32; 64], block: &[u8; 64]) {
+    for (word, bytes) in schedule.iter_mut().zip(block.as_chunks().0) {
+        *word = u32::from_be_bytes(*bytes);
+    }
+    let mut rest = schedule.as_mut_slice();
+    while let [w0, w1, w2, w3, w4, _, _, _, _, w9, w10, w11, w12, _, w14, w15, w16, w17, w18, w19, ..] = rest
+    {
+        *w16 = next(*w0, *w1, *w9, *w14);
+        *w17 = next(*w1, *w2, *w10, *w15);
+        *w18 = next(*w2, *w3, *w11, *w16);
+        *w19 = next(*w3, *w4, *w12, *w17);
+        rest = rest.get_mut(4..).unwrap_or_default();
+    }
+}
+
+/// The word of sixteen rounds after `w0`. Nested, its rotations need no copies of a word.
+#[inline(always)]
+fn next(w0: u32, w1: u32, w9: u32, w14: u32) -> u32 {
+    let s0 = (w1.rotate_right(11) ^ w1).rotate_right(7) ^ w1 >> 3;
+    let s1 = (w14.rotate_right(2) ^ w14).rotate_right(17) ^ w14 >> 10;
+    w0.wrapping_add(s0).wrapping_add(w9).wrapping_add(s1)
+}
+
+/// Takes a block into the state by its message schedule: eight rounds at a time, after which each variable has its place again.
+fn take(state: &mut [u32; 8], schedule: &[u32; 64]) {
+    let [mut a, mut b, mut c, mut d, mut e, mut f, mut g, mut h] = *state;
+    // b ^ c of a round is a ^ b of the one before.
+    let mut bc = b ^ c;
+    // The standard's variables change names instead of places. The standard's h of the next round, its `g`, is left alone; where
+    // its `a` belongs is what was `h`.
+    macro_rules! round {
+        ($a:ident $b:ident $c:ident $d:ident $e:ident $f:ident $g:ident $h:ident, $word:expr, $constant:expr) => {
+            let sum1 = (($e.rotate_right(14) ^ $e).rotate_right(5) ^ $e).rotate_right(6);
+            let choice = ($f ^ $g) & $e ^ $g;
+            $h = $h.wrapping_add($word).wrapping_add($constant).wrapping_add(choice).wrapping_add(sum1);
+            $d = $d.wrapping_add($h);
+            let sum0 = (($a.rotate_right(9) ^ $a).rotate_right(11) ^ $a).rotate_right(2);
+            let ab = $a ^ $b;
+            let majority = bc & ab ^ $b;
+            bc = ab;
+            $h = $h.wrapping_add(sum0).wrapping_add(majority);
+        };
+    }
+    for (w, k) in schedule.as_chunks::<8>().0.iter().zip(K.as_chunks::<8>().0) {
+        round!(a b c d e f g h, w[0], k[0]);
+        round!(h a b c d e f g, w[1], k[1]);
+        round!(g h a b c d e f, w[2], k[2]);
+        round!(f g h a b c d e, w[3], k[3]);
+        round!(e f g h a b c d, w[4], k[4]);
+        round!(d e f g h a b c, w[5], k[5]);
+        round!(c d e f g h a b, w[6], k[6]);
+        round!(b c d e f g h a, w[7], k[7]);
+    }
+    for (to, word) in state.iter_mut().zip([a, b, c, d, e, f, g, h]) {
+        *to = to.wrapping_add(word);
+    }
+}
+
+/// The compression function by the CPU's SHA instructions, if it has them and what else that takes.
 ///
 /// # Safety
 /// Whenever and on whatever CPU the function runs, SSE instructions must be usable: CR0.EM and CR0.TS are
 /// clear and CR4.OSFXSR is set. All CPUs have the same instructions.
 ///
 /// Spec: \[SDM2\] "CPUID": leaf 7 EBX bit 29 (SHA), leaf 1 ECX bits 9 (SSSE3) and 19 (SSE4.1).
-pub unsafe fn sha256_blocks() -> Option<Sha256Blocks> {
+pub unsafe fn instructions() -> Option<Sha256Blocks> {
     let has_leaf_7 = __cpuid(0).eax >= 7;
     let has = has_leaf_7
         && __cpuid_count(7, 0).ebx & 1 << 29 != 0
@@ -30,7 +101,7 @@ pub unsafe fn sha256_blocks() -> Option<Sha256Blocks> {
     has.then_some(compress as Sha256Blocks)
 }
 
-/// The round constants, in order, as the four words of one addition each.
+/// The round constants, in order; the instructions take four at a time.
 ///
 /// Spec: \[FIPS180\] "SHA-224 and SHA-256 Constants".
 #[rustfmt::skip]
@@ -59,7 +130,7 @@ fn compress(state: &mut [u32; 8], blocks: &[[u8; 64]]) {
     let mut words = [f, e, b, a, h, g, d, c];
     let mut saved = [[0_u8; 16]; SAVED];
     // SAFETY: the pointers are those of three living, distinct objects, the count is that of `blocks` and
-    // not zero. `sha256_blocks` gave this function out after a look at CPUID, and its caller promised that
+    // not zero. `instructions` gave this function out after a look at CPUID, and its caller promised that
     // SSE is usable.
     unsafe { compress_words(&raw mut words, blocks.as_ptr(), blocks.len(), &raw mut saved) }
     let [f, e, b, a, h, g, d, c] = words;
@@ -173,7 +244,7 @@ mod tests {
     /// The function under test; without SHA instructions there is nothing to test.
     fn ours() -> Option<Sha256Blocks> {
         // SAFETY: an operating system lets its programs use SSE.
-        let ours = unsafe { sha256_blocks() };
+        let ours = unsafe { instructions() };
         if ours.is_none() {
             eprintln!("this CPU has no SHA instructions: not run");
         }
@@ -248,15 +319,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn both_ways_give_the_same_state(
+        fn both_ways_give_the_state_that_the_crate_gives(
             start: [u32; 8],
             bytes in prop::collection::vec(any::<[u8; 64]>(), 0..5),
         ) {
-            let Some(ours) = ours() else { return Ok(()) };
-            let (mut one, mut two) = (start, start);
-            ours(&mut one, &bytes);
-            sha2::block_api::compress256(&mut two, &bytes);
-            prop_assert_eq!(one, two);
+            let mut wanted = start;
+            sha2::block_api::compress256(&mut wanted, &bytes);
+            for ours in [Some(software as Sha256Blocks), ours()].into_iter().flatten() {
+                let mut state = start;
+                ours(&mut state, &bytes);
+                prop_assert_eq!(state, wanted);
+            }
         }
     }
 }
