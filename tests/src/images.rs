@@ -5,7 +5,6 @@ use std::process::Command;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
-use flate2::Compression;
 use sha2::{Digest, Sha256};
 
 use crate::machine::Board;
@@ -111,9 +110,7 @@ pub fn build_for(board: Board) -> Result<()> {
         Board::Intel => {
             build_platform()?;
             initrd::write_whole(&paths::sinit(), &acm::module())?;
-            // Unpacking takes an interpreter longer than reading does.
-            let to = paths::cloud_initrd();
-            build_initrd_of(&paths::cloud_modules(), &paths::cloud_kernel(), Compression::none(), &to)
+            build_initrd_of(&paths::cloud_modules(), &paths::cloud_kernel(), &paths::cloud_initrd())
         }
     }
 }
@@ -186,10 +183,10 @@ fn without_paths(target: &str, root: &Path) -> Result<String> {
 
 /// Builds the RAM disk, if it is not there or older than the bench.
 pub fn build_initrd() -> Result<()> {
-    build_initrd_of(&paths::modules(), &paths::kernel(), Compression::fast(), &paths::initrd())
+    build_initrd_of(&paths::modules(), &paths::kernel(), &paths::initrd())
 }
 
-fn build_initrd_of(modules: &Path, kernel: &Path, packing: Compression, to: &Path) -> Result<()> {
+fn build_initrd_of(modules: &Path, kernel: &Path, to: &Path) -> Result<()> {
     if !paths::tool().exists() {
         build_tool()?;
     }
@@ -203,7 +200,7 @@ fn build_initrd_of(modules: &Path, kernel: &Path, packing: Compression, to: &Pat
     if fresh {
         return Ok(());
     }
-    initrd::build(Path::new("/usr/bin/busybox"), &paths::tool(), modules, packing, to)
+    initrd::build(Path::new("/usr/bin/busybox"), &paths::tool(), modules, to)
 }
 
 /// Prints size and SHA-256 of what a launch measures.

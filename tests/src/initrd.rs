@@ -17,8 +17,8 @@ const MODULES: [&str; 8] =
     ["efivarfs", "ahci", "sd_mod", "vfat", "nls_cp437", "nls_ascii", "msr", "capsule-loader"];
 const INIT: &[u8] = include_bytes!("../guest/init");
 
-/// Writes the RAM disk to `to`, packed by `packing`, with busybox from `busybox`, `cordon` from `tool`, and modules from the folder `modules`.
-pub fn build(busybox: &Path, tool: &Path, modules: &Path, packing: Compression, to: &Path) -> Result<()> {
+/// Writes the RAM disk to `to`, with busybox from `busybox`, `cordon` from `tool`, and modules from the folder `modules`.
+pub fn build(busybox: &Path, tool: &Path, modules: &Path, to: &Path) -> Result<()> {
     let order = load_order(modules, &MODULES)?;
     let mut archive = Archive::default();
     for folder in ["bin", "lib", "lib/modules"] {
@@ -32,7 +32,7 @@ pub fn build(busybox: &Path, tool: &Path, modules: &Path, packing: Compression, 
     archive.add("bin/cordon", ModeFileType::Regular, 0o755, &tool)?;
     archive.add_modules(&order, &[])?;
     let plain = trailer(archive.bytes)?;
-    let mut packed = GzBuilder::new().mtime(0).write(Vec::new(), packing);
+    let mut packed = GzBuilder::new().mtime(0).write(Vec::new(), Compression::fast());
     packed.write_all(&plain)?;
     write_whole(to, &packed.finish()?)
 }
@@ -218,8 +218,8 @@ mod tests {
         module(dir.path(), "efivarfs", "");
         let (busybox, a, b) = (dir.path().join("busybox"), dir.path().join("a"), dir.path().join("b"));
         fs::write(&busybox, "box").unwrap();
-        build(&busybox, &busybox, dir.path(), Compression::fast(), &a).unwrap();
-        build(&busybox, &busybox, dir.path(), Compression::fast(), &b).unwrap();
+        build(&busybox, &busybox, dir.path(), &a).unwrap();
+        build(&busybox, &busybox, dir.path(), &b).unwrap();
         assert_eq!(fs::read(a).unwrap(), fs::read(b).unwrap());
     }
 }
