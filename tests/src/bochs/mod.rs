@@ -11,6 +11,7 @@ use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,10 +73,22 @@ enum Request {
     Ticks { reply: Sender<Result<u64>> },
 }
 
+/// Whether the machine runs: only then it may be interrupted, as an interrupt in the middle of a command spoils its answer.
+#[derive(Clone, Default)]
+struct Running(Arc<Mutex<bool>>);
+
+impl Running {
+    /// It neither begins to run nor comes to rest, as far as anyone knows, before this is dropped.
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A Bochs process and the thread that talks to its debugger.
 pub struct Bochs {
     process: Guarded,
     requests: Sender<Request>,
+    running: Running,
     log: PathBuf,
     watch: Watch,
     _terminal: Option<RawTerminal>,
@@ -112,14 +125,16 @@ impl Bochs {
         let watch = Watch::default();
         let player = Player::new(&mut debugger, part, watch.clone())?;
         let failures = watch.clone();
+        let running = Running::default();
+        let runs = running.clone();
         thread::spawn(move || {
-            if let Err(error) = drive(debugger, player, &receiver) {
+            if let Err(error) = drive(debugger, player, &receiver, &runs) {
                 failures.fail(format!("{error:#}"));
             }
         });
         let channel = Channel::new(link.host.try_clone()?, link);
         let _terminal = terminal.map(|pty| attach(pty, dir.file("console.log"), pid)).transpose()?.flatten();
-        Ok((Self { process, requests, log: dir.file("bochs.log"), watch, _terminal }, channel))
+        Ok((Self { process, requests, running, log: dir.file("bochs.log"), watch, _terminal }, channel))
     }
 
     /// What the player of the board's TPM and of SENTER has seen.
@@ -129,12 +144,19 @@ impl Bochs {
 
     fn request<T>(&mut self, make: impl FnOnce(Sender<Result<T>>) -> Request) -> Result<T> {
         let (sender, receiver) = channel();
-        self.requests.send(make(sender)).ok().context("Bochs' debugger is gone")?;
         let end = Instant::now() + REQUEST_TIME;
+        let mut running = self.running.lock();
+        // At rest it serves this before it runs again.
+        self.requests.send(make(sender)).ok().context("Bochs' debugger is gone")?;
         loop {
-            interrupt(self.process.id())?;
-            match receiver.recv_timeout(INTERRUPT_TIME) {
-                // An interrupt that came while the debugger took a command is forgotten.
+            if *running {
+                interrupt(self.process.id())?;
+            }
+            drop(running);
+            let answer = receiver.recv_timeout(INTERRUPT_TIME);
+            running = self.running.lock();
+            match answer {
+                // An interrupt that came before the debugger had taken its command to run is forgotten.
                 Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
                 answer => return answer.context("Bochs' debugger does not answer")?,
             }
@@ -172,8 +194,14 @@ fn attach(pty: Pty, log: PathBuf, pid: u32) -> Result<Option<RawTerminal>> {
 }
 
 /// Lets the machine run and serves requests, until it ends.
-fn drive(mut debugger: Debugger, mut player: Player, requests: &Receiver<Request>) -> Result<()> {
+fn drive(
+    mut debugger: Debugger,
+    mut player: Player,
+    requests: &Receiver<Request>,
+    running: &Running,
+) -> Result<()> {
     loop {
+        let mut runs = running.lock();
         while let Ok(request) = requests.try_recv() {
             // Who asked may have given up.
             match request {
@@ -182,7 +210,11 @@ fn drive(mut debugger: Debugger, mut player: Player, requests: &Receiver<Request
                 Request::Ticks { reply } => drop(reply.send(debugger.ticks())),
             }
         }
-        let stop = debugger.run()?;
+        *runs = true;
+        drop(runs);
+        let stop = debugger.run();
+        *running.lock() = false;
+        let stop = stop?;
         if stop == Stop::Exited {
             return Ok(());
         }
