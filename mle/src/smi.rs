@@ -11,7 +11,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::SMI_COMMAND;
 use firmware::service::Service;
-use firmware::smm::check::{GuardError, Guarded};
+use firmware::smm::check::{GuardError, Guarded, Sums};
 use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
 use firmware::smm::facts::{self, Fact, Facts};
 use heapless::Vec;
@@ -42,7 +42,7 @@ static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPU
 
 /// What SMM must not have changed.
 static GUARD: Mutex<Guard> =
-    Mutex::new(Guard { sums: Guarded::EMPTY, look: Look::Done, mem: None, left_out: 0 });
+    Mutex::new(Guard { sums: Guarded::NONE, look: Look::Done, mem: None, left_out: 0 });
 
 /// A look costs as much as a firmware call; so often it may.
 const LOOK_PERIOD_US: u64 = 100_000;
@@ -151,9 +151,9 @@ pub struct SmiGate {
 }
 
 /// Looks after each SMI from now on, at virtual CPUs as they are made and at what [`looked_at`] adds.
-pub fn guard(mem: Identity) {
+pub fn guard(mem: Identity, sums: &'static mut Sums) {
     let mut guard = GUARD.lock();
-    guard.sums.set_key(key());
+    guard.sums.begin(key(), sums);
     guard.mem = Some(mem);
 }
 

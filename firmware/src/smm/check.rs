@@ -16,8 +16,11 @@ use siphasher::sip::SipHasher13;
 
 /// Most regions.
 pub const REGIONS_MAX: usize = 256;
-/// Most pages in all regions, those in part included: 2.5 MiB. It bounds what an SMI costs.
-pub const PAGES_MAX: usize = 640;
+/// Most pages in all regions, those in part included: 6 MiB. It bounds what an SMI costs. A CPU without 1 GiB pages takes a page of
+/// nested tables for each GiB of its address space, 512 at the most, and as many of device tables for each GiB of memory.
+pub const PAGES_MAX: usize = 1536;
+/// Room for the sums of so many.
+pub type Sums = [u64; PAGES_MAX];
 /// Most sets of words: a virtual CPU for each CPU, and the sandbox.
 pub const WORD_SETS_MAX: usize = 65;
 /// Pages of one part of a check: the guest's interrupts wait for as long.
@@ -30,8 +33,9 @@ pub type Words = &'static [(u16, u64)];
 pub struct Guarded {
     key: [u8; 16],
     regions: Vec<Region, REGIONS_MAX>,
-    /// For each page of each region in order; a region's first and last may be parts of pages.
-    sums: Vec<u64, PAGES_MAX>,
+    /// For each page of each region in order; a region's first and last may be parts of pages. The rest is room.
+    sums: Option<&'static mut Sums>,
+    pages: usize,
     sets: Vec<WordSet, WORD_SETS_MAX>,
 }
 
@@ -94,28 +98,27 @@ impl fmt::Debug for Guarded {
 }
 
 impl Guarded {
-    /// Guards nothing, under a key that is no secret: [`Self::set_key`] first.
-    pub const EMPTY: Self = Self { key: [0; 16], regions: Vec::new(), sums: Vec::new(), sets: Vec::new() };
+    /// Guards nothing, and has no room for it. All zeros, so that an image need not hold it.
+    pub const NONE: Self = Self { key: [0; 16], regions: Vec::new(), sums: None, pages: 0, sets: Vec::new() };
 
-    /// Sets the key, before the first sum is taken: random, and known to nobody else.
-    pub fn set_key(&mut self, key: [u8; 16]) {
-        self.key = key;
+    /// Guards nothing yet, in that room, under a key that is random and known to nobody else.
+    pub fn begin(&mut self, key: [u8; 16], sums: &'static mut Sums) {
+        (self.key, self.sums) = (key, Some(sums));
     }
 
     /// Guards `range`: of each of its 64-bit words the bits of `mask`, which nobody writes while the guest runs, the CPU and
     /// devices included: of page tables, those made with their accessed and dirty bits set. On an error, nothing of it.
     pub fn add(&mut self, range: PhysRange, mask: u64, mem: &impl PhysMem) -> Result<(), GuardError> {
         let region = Region { range, mask };
-        let had = self.sums.len();
-        let result = pages(&range).try_for_each(|page| {
+        let mut all = self.pages;
+        for page in pages(&range) {
             let sum = self.sum(mem, &page, mask).ok_or(GuardError::Unreadable(page))?;
-            self.sums.push(sum).map_err(|_| GuardError::Pages)
-        });
-        let result = result.and_then(|()| self.regions.push(region).map_err(|_| GuardError::Regions));
-        if result.is_err() {
-            self.sums.truncate(had);
+            *self.sums.as_mut().and_then(|sums| sums.get_mut(all)).ok_or(GuardError::Pages)? = sum;
+            all = all.saturating_add(1);
         }
-        result
+        self.regions.push(region).map_err(|_| GuardError::Regions)?;
+        self.pages = all;
+        Ok(())
     }
 
     /// Guards words of the page at `base`, from now on as they are now.
@@ -133,7 +136,7 @@ impl Guarded {
 
     /// How many regions, pages and sets of words are guarded.
     pub fn counts(&self) -> (usize, usize, usize) {
-        (self.regions.len(), self.sums.len(), self.sets.len())
+        (self.regions.len(), self.pages, self.sets.len())
     }
 
     /// Checks [`PART_PAGES`] pages from the `from`th on, and with the last of them the sets of words. Gives the page at which the
@@ -144,7 +147,7 @@ impl Guarded {
     pub fn check_part(&self, from: usize, mem: &impl PhysMem) -> Result<Option<usize>, Tampered> {
         let pages = self.regions.iter().flat_map(|r| pages(&r.range).map(|page| (page, r.mask)));
         let page = pages
-            .zip(&self.sums)
+            .zip(self.sums.iter().flat_map(|sums| sums.iter()))
             .skip(from)
             .take(PART_PAGES)
             .find(|((page, mask), sum)| self.sum(mem, page, *mask) != Some(**sum));
@@ -152,7 +155,7 @@ impl Guarded {
             return Err(Tampered { range });
         }
         let next = from.saturating_add(PART_PAGES);
-        if next < self.sums.len() {
+        if next < self.pages {
             return Ok(Some(next));
         }
         let set = self.sets.iter().find(|set| self.sum_words(mem, set.base, set.words) != Some(set.sum));
@@ -207,6 +210,7 @@ mod tests {
     use super::*;
     use crate::testmem::Ram;
     use proptest::prelude::*;
+    use std::boxed::Box;
 
     const KEY: [u8; 16] = *b"0123456789abcdef";
     const BASE: u64 = 0x10_0000;
@@ -241,9 +245,14 @@ mod tests {
         assert!(ram.write(at, &[byte[0] ^ 1 << bit]));
     }
 
+    fn empty(key: [u8; 16]) -> Guarded {
+        let mut guarded = Guarded::NONE;
+        guarded.begin(key, Box::leak(Box::new([0; PAGES_MAX])));
+        guarded
+    }
+
     fn guarded(key: [u8; 16], regions: &[PhysRange], ram: &Ram) -> Result<Guarded, GuardError> {
-        let mut guarded = Guarded::EMPTY;
-        guarded.set_key(key);
+        let mut guarded = empty(key);
         regions.iter().try_for_each(|region| guarded.add(*region, u64::MAX, ram))?;
         Ok(guarded)
     }
@@ -274,8 +283,7 @@ mod tests {
     #[test]
     fn bits_outside_of_the_mask_may_change() {
         let ram = ram(2);
-        let mut guarded = Guarded::EMPTY;
-        guarded.set_key(KEY);
+        let mut guarded = empty(KEY);
         guarded.add(range(0x1000, 0x1000), !(1 << 63 | 2), &ram).unwrap();
         for (at, bit, found) in [(0x1ff8, 1, false), (0x1fff, 7, false), (0x1ff8, 2, true), (0x1ff9, 1, true)]
         {
@@ -289,8 +297,7 @@ mod tests {
     fn words_are_guarded_as_they_were_last_set() {
         const WORDS: Words = &[(0, u64::MAX), (0x58, 0xffff_ffff), (0xff8, u64::MAX)];
         let ram = ram(2);
-        let mut guarded = Guarded::EMPTY;
-        guarded.set_key(KEY);
+        let mut guarded = empty(KEY);
         guarded.set_words(BASE + 0x1000, WORDS, &ram).unwrap();
         for (at, found) in [(0, true), (8, false), (0x5b, true), (0x5c, false), (0xfff, true)] {
             flip(&ram, BASE + 0x1000 + at, 0);
@@ -321,7 +328,8 @@ mod tests {
     #[test]
     fn the_sum_depends_on_the_key() {
         let ram = ram(1);
-        let sums = [KEY, [0; 16]].map(|key| guarded(key, &[range(0, 0x1000)], &ram).unwrap().sums);
+        let sums =
+            [KEY, [0; 16]].map(|key| guarded(key, &[range(0, 0x1000)], &ram).unwrap().sums.unwrap()[0]);
         assert_ne!(sums[0], sums[1]);
     }
 

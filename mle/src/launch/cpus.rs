@@ -97,7 +97,7 @@ impl Cpus {
                 .push(setup)
                 .map_err(|_| LaunchError::Cpu("has more CPUs beside it than Cordon can start"))?;
         }
-        smi::guard(mem);
+        smi::guard(mem, pool.object().ok_or(LaunchError::OutOfMemory("the sums of what is guarded"))?);
         smp::start(setups, inputs.launch_page, own, pool, &local, &clock)?;
         Ok(Self { count, vm, bsp: Vm { nested_root: root, ..vm }, windows, local, maps, smi_command })
     }
