@@ -41,7 +41,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   FAULT=           a CPU, TPM or loader that misbehaves at SKINIT: slb-length, slb-unaligned, slb-changed, tpm-error, ticket;
 #@                    at SENTER: mle-tables, mle-hole, heap-size, pmr-uncovering, stale-error, dmar-changed, rlp-missing
 #@   QEMU_ARGS=       more arguments for QEMU
-#@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take (900 with MACHINE=intel)
+#@   TIMEOUT=240      seconds until the guest must take commands, and that a command may take (1800 with MACHINE=intel)
 #@   LOG=warn|info    report failures only, or also each stage of the boot and its time (warn)
 #@   TOOLCHAIN=rustup|debian  where the images' targets come from (rustup if it answers)
 #@ Logs of a run stay in build/run-*/: console.log, drtm.log (what the bench did at SKINIT), qemu.log.

@@ -188,7 +188,7 @@ impl Spec {
         let fitting = Self { board, kernel, initrd, ..Self::default() };
         match board {
             Board::Amd => fitting,
-            Board::Intel => Self { cpus: 1, timeout: Duration::from_secs(900), ..fitting },
+            Board::Intel => Self { cpus: 1, timeout: Duration::from_secs(1800), ..fitting },
         }
     }
 

@@ -97,7 +97,7 @@ struct Run {
     /// More arguments for QEMU, separated by spaces.
     #[arg(long, env = "QEMU_ARGS", default_value = "", allow_hyphen_values = true)]
     qemu_args: String,
-    /// Seconds until the guest must take commands, and that a command may take; 240, or 900 on the Intel machine.
+    /// Seconds until the guest must take commands, and that a command may take; 240, or 1800 on the Intel machine.
     #[arg(long, env = "TIMEOUT")]
     timeout: Option<u64>,
     /// What to report on standard error.
