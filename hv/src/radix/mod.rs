@@ -179,7 +179,7 @@ impl Tables {
         let offset = to.wrapping_sub(range.start());
         let mut at = range.start();
         loop {
-            match self.map_page(pool, at, range.last(), offset, bits) {
+            match self.map_pages(pool, at, range.last(), offset, bits) {
                 Ok(last) if last >= range.last() => return Ok(()),
                 Ok(last) => at = last.saturating_add(1),
                 Err(error) => {
@@ -298,8 +298,9 @@ impl Tables {
         }
     }
 
-    /// Maps one page at `at`, the largest that fits up to `last`; gives its last address.
-    fn map_page<P: TablePool>(
+    /// Maps a page at `at`, the largest that fits up to `last`, and such pages behind it as far as its table goes; gives their last
+    /// address.
+    fn map_pages<P: TablePool>(
         &self,
         pool: &mut P,
         at: u64,
@@ -317,8 +318,9 @@ impl Tables {
             table = if self.format.is_present(entry) {
                 entry & ADDRESS
             } else if fits {
-                pool.write(table, index, self.format.leaf_entry(bits, phys, level));
-                return Ok(page_last);
+                let place =
+                    Slot { table, index, entry: self.format.leaf_entry(bits, phys, level), level, start: at };
+                return Ok(self.fill(pool, place, last));
             } else {
                 let new = alloc(pool)?;
                 pool.write(table, index, self.format.table_entry(new, level));
@@ -326,6 +328,24 @@ impl Tables {
             };
         }
         Err(Error::AlreadyMapped { at })
+    }
+
+    /// Writes the leaf of `first` to its place and, with rising addresses, to those behind it: in the same table, unused, and for
+    /// pages up to `last`. Gives the last address of these pages. A CPU without 1 GiB pages has 262144 of them in 512 GiB: too
+    /// many to walk to each.
+    fn fill<P: TablePool>(&self, pool: &mut P, first: Slot, last: u64) -> u64 {
+        let Slot { table, mut index, mut entry, level, start } = first;
+        let mut page_last = start | mask(level);
+        loop {
+            pool.write(table, index, entry);
+            index = index.saturating_add(1);
+            let next_last = page_last.saturating_add(span(level));
+            if index >= ENTRIES || next_last > last || self.format.is_present(pool.read(table, index)) {
+                return page_last;
+            }
+            entry = entry.saturating_add(span(level));
+            page_last = next_last;
+        }
     }
 
     /// Clears the leaves of `range`, none of which reaches beyond it.
