@@ -16,9 +16,9 @@ use crate::guest::cpuid::Leaf;
 use crate::guest::exits::Hardware;
 use crate::guest::msr::{self, Guards};
 use crate::metal::Msrs;
+use crate::paging;
 use crate::pool::PagePool;
 use crate::trap::{self, Arrived, Bases, IST_STACKS};
-use crate::{paging, smi};
 
 const DEBUGCTL: u32 = 0x1d9;
 const DEBUGCTL_BTF: u64 = 1 << 1;
@@ -142,9 +142,9 @@ impl Cpu {
         self.counting.as_ref().and_then(|cpu| facts::smi_count(cpu, &self.msrs))
     }
 
-    /// Compares what this CPU's registers say of SMM with the first one's.
-    pub fn compare_facts(&self, id: u32) {
-        smi::compare(id, &self.msrs);
+    /// Its registers.
+    pub fn msrs(&self) -> &Msrs {
+        &self.msrs
     }
 
     /// Whether no device can mask address line 20.

@@ -382,7 +382,7 @@ extern "sysv64" fn entry(index: u32) -> ! {
     let ports = unsafe { Ports::new() };
     let clock = setup.clock;
     slot.apic_id.store(local.id(), Ordering::Relaxed);
-    cpu.compare_facts(local.id());
+    smi::compare(local.id(), cpu.msrs());
     if cpu.sees_startup() {
         // It waits as a guest, and the Startup IPI is an exit.
         setup.windows.apic.set(View::Device);
