@@ -123,11 +123,13 @@ impl<const N: usize> Bytes<N> {
 
     fn extend(&mut self, bytes: impl Iterator<Item = u8>) {
         let free = self.bytes.get_mut(self.length.into()..).unwrap_or_default();
+        let mut taken = 0u8;
         for (to, from) in free.iter_mut().zip(bytes) {
             *to = from;
             // No `N` in use is above 255.
-            self.length = self.length.saturating_add(1);
+            taken = taken.wrapping_add(1);
         }
+        self.length = self.length.saturating_add(taken);
     }
 
     fn cut(bytes: &[u8]) -> Self {
@@ -401,9 +403,10 @@ impl Record {
         }
     }
 
-    /// The record's bytes, with its sequence number.
-    pub(super) fn encode(&self, sequence: u64) -> Encoded {
-        let mut out = Encoded::new();
+    /// Writes the record, with its sequence number, to the start of `out`; its length, or `None` where there is no room for it.
+    pub(super) fn encode(&self, sequence: u64, out: &mut [u8]) -> Option<usize> {
+        let (head, mut rest) = out.split_at_mut_checked(size_of::<Fixed>())?;
+        let mut size = size_of::<Fixed>();
         let mut fixed = Fixed {
             size: 0,
             kind: self.kind.0,
@@ -419,13 +422,17 @@ impl Record {
             exits: self.exits.into(),
             smis: self.smis.into(),
         };
-        // RECORD_MAX is the size of a record with every tail at its longest: see the assertion below.
-        let mut put = |bytes: &[u8]| drop(out.extend_from_slice(bytes));
-        put(fixed.as_bytes());
+        let mut put = |bytes: &[u8]| -> Option<()> {
+            let (to, after) = core::mem::take(&mut rest).split_at_mut_checked(bytes.len())?;
+            to.copy_from_slice(bytes);
+            rest = after;
+            size = size.saturating_add(bytes.len());
+            Some(())
+        };
         if let Some(Variable { guid, name }) = &self.variable {
             fixed.tails |= TAIL_VARIABLE;
-            put(VariableTail { guid: guid.to_bytes(), name_length: name.full.into() }.as_bytes());
-            put(name.as_bytes());
+            put(VariableTail { guid: guid.to_bytes(), name_length: name.full.into() }.as_bytes())?;
+            put(name.as_bytes())?;
         }
         if let Some(d) = &self.denied {
             fixed.tails |= TAIL_DENIED;
@@ -437,25 +444,25 @@ impl Record {
                 last_msr: d.last_msr.into(),
                 last_address: d.last_address.into(),
             };
-            put(tail.as_bytes());
+            put(tail.as_bytes())?;
         }
         if let Some(r) = &self.region {
             fixed.tails |= TAIL_REGION;
-            put(RegionTail { base: r.base.into(), size: r.size.into(), sha256: r.sha256 }.as_bytes());
+            put(RegionTail { base: r.base.into(), size: r.size.into(), sha256: r.sha256 }.as_bytes())?;
         }
         if let Some(a) = &self.access {
             fixed.tails |= TAIL_ACCESS;
-            put(AccessTail { source: a.source.into(), address: a.address.into(), how: a.how }.as_bytes());
+            put(AccessTail { source: a.source.into(), address: a.address.into(), how: a.how }.as_bytes())?;
         }
         if let Some(text) = &self.text {
             fixed.tails |= TAIL_TEXT;
-            put(&[text.0.length]);
-            put(text.as_bytes());
+            put(&[text.0.length])?;
+            put(text.as_bytes())?;
         }
-        fixed.size = out.len() as u8;
-        // The buffer begins with an earlier state of it.
-        let _ = fixed.write_to_prefix(&mut out);
-        out
+        // RECORD_MAX is the size of a record with every tail at its longest: see the assertion below.
+        fixed.size = size as u8;
+        head.copy_from_slice(fixed.as_bytes());
+        Some(size)
     }
 
     /// The record at the start of `bytes`, its sequence number, and the bytes after it.
@@ -556,9 +563,6 @@ impl<'a> Fields<'a> {
 fn truncated(field: &'static str, need: usize, have: usize) -> FormatError {
     FormatError::Truncated { field, need, have }
 }
-
-/// A record's bytes.
-pub(super) type Encoded = heapless::Vec<u8, RECORD_MAX>;
 
 const TAIL_VARIABLE: u8 = 1;
 const TAIL_DENIED: u8 = 2;

@@ -142,16 +142,15 @@ impl<const N: usize> ExposureLog<N> {
 
     /// Adds a record, and says when it has to be in the PCR.
     pub fn record(&mut self, record: &Record) -> Urgency {
-        let bytes = record.encode(self.counters.records);
+        let room = self.pending.get_mut(HEADER.saturating_add(self.filled)..).unwrap_or_default();
+        let size = record.encode(self.counters.records, room);
         bump(&mut self.counters.records, 1);
         let urgency = record.urgency();
-        let at = HEADER.saturating_add(self.filled);
-        let Some(room) = self.pending.get_mut(at..at.saturating_add(bytes.len())) else {
+        let Some(size) = size else {
             bump(&mut self.counters.lost, 1);
             return Urgency::AtOnce;
         };
-        room.copy_from_slice(&bytes);
-        self.filled = self.filled.saturating_add(bytes.len());
+        self.filled = self.filled.saturating_add(size);
         bump(&mut self.counters.pending, 1);
         match urgency {
             Urgency::AtOnce => self.at_once = true,
