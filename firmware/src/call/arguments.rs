@@ -41,8 +41,11 @@ pub(super) fn fifth_argument(args: &Args, mem: &impl GuestMem) -> Result<u64, St
     read_u64(mem, args.rsp.wrapping_add(FIFTH_ARGUMENT))
 }
 
+/// Most bytes of a name that are read at once: names are short.
+const NAME_PART: u64 = 64;
+
 /// Copies a name of at most `limit` bytes from the guest, reading no page past the one that holds its
-/// end; `name` holds zeros after it. Gives its bytes, the terminating zero included.
+/// end. Gives its bytes, the terminating zero included.
 pub(super) fn copy_name(
     mem: &impl GuestMem,
     at: u64,
@@ -54,14 +57,15 @@ pub(super) fn copy_name(
     while len < limit {
         let from = at.checked_add(len as u64).ok_or(Status::INVALID_PARAMETER)?;
         let page_left = PAGE_SIZE.wrapping_sub(from & PAGE_SIZE.wrapping_sub(1));
-        let chunk = limit.wrapping_sub(len).min(page_left as usize);
+        let chunk = limit.wrapping_sub(len).min(page_left.min(NAME_PART) as usize);
         let end = len.saturating_add(chunk);
         copy_in(mem, from, name.get_mut(len..end).unwrap_or_default())?;
-        len = end;
-        if let Some(used) = terminated(name.get(..len).unwrap_or_default()) {
-            name.get_mut(used..).unwrap_or_default().fill(0);
-            return Ok(used);
+        // A character may lie in two parts.
+        let begun = len & !1;
+        if let Some(used) = terminated(name.get(begun..end).unwrap_or_default()) {
+            return Ok(begun.saturating_add(used));
         }
+        len = end;
     }
     Err(Status::INVALID_PARAMETER)
 }
@@ -149,6 +153,8 @@ pub(super) fn next_name(
     let used = copy_name(mem, name, size, &mut buffer.name)?;
     copy_in(mem, guid, &mut buffer.slots.guid)?;
     buffer.slots.size = size as u64;
+    // What firmware does not write of the next name is none of an earlier call's.
+    buffer.name.get_mut(used..size).unwrap_or_default().fill(0);
     let results = Results::NextName { size_at, name, guid, size };
     // Cordon's own come first: whatever firmware answers afterwards hides none of them.
     let next = match buffer.name.get(..used).unwrap_or_default() {

@@ -1,7 +1,10 @@
 //! The call buffer: all memory that firmware and the MLE share.
 
+use core::mem::offset_of;
+use core::ops::Range;
+
 use uefi_raw::time::{Daylight, Time};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::service::Service;
 
@@ -78,7 +81,7 @@ pub struct CallBuffer {
 
 impl CallBuffer {
     /// Where content of variables, and what handlers get, begins.
-    pub(crate) const DATA_AT: usize = core::mem::offset_of!(Self, data);
+    pub(crate) const DATA_AT: usize = offset_of!(Self, data);
     const REST: usize = 4096_usize.saturating_sub(NAME_MAX).saturating_sub(size_of::<Slots>());
 
     /// Vendor and terminated name of the variable that a call of `service` is about, if it is about one; of a handler its
@@ -87,9 +90,37 @@ impl CallBuffer {
         service.has_guid().then_some((&self.slots.guid, self.name.as_slice()))
     }
 
+    /// Forgets what an earlier call was about. The rest each call writes as far as it uses it.
+    pub(super) fn clear_arguments(&mut self) {
+        self.slots = Slots::new_zeroed();
+        [self.name[0], self.name[1]] = [0; 2];
+    }
+
     /// The part for content.
     pub(crate) fn data_mut(&mut self) -> &mut [u8; DATA_MAX] {
         &mut self.data
+    }
+}
+
+/// What of a call buffer a call makes use of: small arguments, so much of the name, so much of the content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pieces([Range<usize>; 3]);
+
+impl Pieces {
+    pub(crate) fn new(name: usize, data: usize) -> Self {
+        let piece = |at: usize, len: usize| at..at.saturating_add(len);
+        let slots = piece(offset_of!(CallBuffer, slots), size_of::<Slots>());
+        let name = piece(offset_of!(CallBuffer, name), name.min(NAME_MAX));
+        Self([slots, name, piece(CallBuffer::DATA_AT, data.min(DATA_MAX))])
+    }
+}
+
+impl IntoIterator for Pieces {
+    type Item = Range<usize>;
+    type IntoIter = core::array::IntoIter<Range<usize>, 3>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
     }
 }
 

@@ -16,9 +16,9 @@ mod deferring;
 mod own;
 mod results;
 
-use arguments::{Decoded, copy_in, pointer};
+use arguments::{Decoded, copy_in, pointer, terminated};
 use buffer::Slots;
-pub use buffer::{CALL_BUFFER_SIZE, CallBuffer, DATA_MAX, NAME_MAX};
+pub use buffer::{CALL_BUFFER_SIZE, CallBuffer, DATA_MAX, NAME_MAX, Pieces};
 use hv::addr::{PAGE_SIZE, PhysRange};
 pub use own::{OwnVariable, OwnVariables, VENDOR};
 use results::give;
@@ -296,8 +296,7 @@ impl Gate {
         if whole == Policy::Deny {
             return Begin::Done(Answer { status: Status::UNSUPPORTED, decision: Decision::DENIED });
         }
-        buffer.slots = Slots::new_zeroed();
-        buffer.name = [0; NAME_MAX];
+        buffer.clear_arguments();
         let decoded = match service {
             Service::GetTime => arguments::get_time(args),
             Service::SetTime => arguments::set_time(args, mem, buffer),
@@ -339,9 +338,8 @@ impl Gate {
     /// What becomes of a call of the handler `guid`, at place `n` of the PRMT. `buffer` says from then on whom the call is about.
     pub fn begin_handler(&self, n: u8, guid: Guid, buffer: &mut CallBuffer) -> Begin {
         const SERVICE: Service = Service::PrmHandler;
-        buffer.slots = Slots::new_zeroed();
+        buffer.clear_arguments();
         buffer.slots.guid = guid.to_bytes();
-        buffer.name = [0; NAME_MAX];
         match self.policy(SERVICE, buffer.variable(SERVICE)) {
             Policy::Sandbox | Policy::Native => Begin::Handler(n),
             Policy::Locked => Begin::Done(Answer::refused(Decision::LOCKED)),
@@ -404,14 +402,29 @@ impl Pending {
         self.service
     }
 
-    /// Bytes from the call buffer's start that the call can make use of, in either direction: the rest need not be
-    /// copied between MLE and sandbox.
-    pub fn used_bytes(&self) -> usize {
+    /// What of `buffer` firmware gets: the rest need not be copied to the sandbox.
+    pub fn arguments(&self, buffer: &CallBuffer) -> Pieces {
+        let name = match self.results {
+            Results::Variable { .. } | Results::SetVariable { .. } => {
+                terminated(&buffer.name).unwrap_or(NAME_MAX)
+            }
+            Results::NextName { size, .. } => size,
+            _ => 0,
+        };
         let data = match self.results {
             Results::Variable { size, .. } | Results::SetVariable { size, .. } => size,
             _ => 0,
         };
-        offset_of!(CallBuffer, data).saturating_add(data).min(CALL_BUFFER_SIZE)
+        Pieces::new(name, data)
+    }
+
+    /// What of the sandbox's call buffer has results: the rest need not be copied from there.
+    pub fn results(&self) -> Pieces {
+        match self.results {
+            Results::NextName { size, .. } => Pieces::new(size, 0),
+            Results::Variable { size, .. } => Pieces::new(0, size),
+            _ => Pieces::new(0, 0),
+        }
     }
 
     /// The call for a sandbox that sees the buffer at `buffer`.

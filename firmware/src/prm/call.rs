@@ -17,7 +17,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{HANDLERS_MAX, Handler, Module, PARAMETERS_MAX, Prmt};
-use crate::call::{CallBuffer, FirmwareCall, GuestMem};
+use crate::call::{CallBuffer, FirmwareCall, GuestMem, Pieces};
 use crate::service::Target;
 
 /// Most ranges of device memory of a module.
@@ -128,8 +128,10 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Bytes from the call buffer's start that the call makes use of.
-    pub const USED: usize = CallBuffer::DATA_AT.saturating_add(size_of::<Area>());
+    /// What of the call buffer the call makes use of.
+    pub fn used() -> Pieces {
+        Pieces::new(0, size_of::<Area>())
+    }
 
     /// The call for a sandbox that sees the buffer at `buffer`.
     pub fn call(&self, buffer: u64) -> FirmwareCall {

@@ -19,7 +19,7 @@ impl Services {
         let Parts { overlay, buffer, scratch, area, mem, .. } = &mut self.parts;
         let base = match found {
             Some((lookup, rax)) => {
-                copy_buffer(*area, scratch, mem, lookup.used_bytes(), Direction::FromSandbox);
+                copy_buffer(*area, scratch, mem, lookup.results(), Direction::FromSandbox);
                 Pending::base(rax, scratch)
             }
             None => Ok(Base::Absent),
@@ -88,7 +88,7 @@ impl Services {
             let Some((key, wanted)) = overlay.at(index) else { break };
             let pending = Pending::commit(key, wanted, buffer);
             let call = self.new_call(Target::Service(Service::SetVariable), local.id());
-            self.hand_over(pending.used_bytes());
+            self.hand_over(pending.arguments(self.parts.buffer));
             let registers = pending.call(buffer_at(self.parts.area));
             let mut status = Status::DEVICE_ERROR.0 as u64;
             if self.enter(&call, &registers).is_ok() {

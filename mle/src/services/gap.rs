@@ -3,6 +3,7 @@
 use firmware::call::FirmwareCall;
 use firmware::exposure::{Decision, Kind, Record, Text};
 use hv::io::PhysMem;
+use zerocopy::IntoBytes;
 
 use super::{Call, Job, Parts, Phase, SERVICES, Services, Status, buffer_at};
 use crate::cpu::Cpu;
@@ -75,9 +76,7 @@ impl Parts {
         let frame = registers.frame(self.return_to);
         // Aligned so that RSP is 8 modulo 16 at the entry point.
         let rsp = buffer_at(self.area).wrapping_sub(size_of_val(&frame) as u64).wrapping_sub(8) & !0xf | 8;
-        for (at, word) in (rsp..).step_by(8).zip(frame) {
-            self.mem.write(at, &word.to_le_bytes());
-        }
+        self.mem.write(rsp, frame.as_bytes());
         rsp
     }
 }

@@ -378,17 +378,19 @@ impl Services {
 
     /// Checks firmware's results and copies them to the guest.
     fn give(&mut self, call: &Call, job: Job, mut rax: u64, vcpu: &Vcpu<'_>) -> Phase {
-        let used = match &job {
-            Job::Call(pending) => pending.used_bytes(),
-            Job::Handler(_) => prm::Staged::USED,
-            Job::Lookup { .. } | Job::Update { .. } | Job::Query(_) => 0,
+        let results = match &job {
+            Job::Call(pending) => Some(pending.results()),
+            Job::Handler(_) => Some(prm::Staged::used()),
+            Job::Lookup { .. } | Job::Update { .. } | Job::Query(_) => None,
         };
         let parts = &mut self.parts;
-        copy_buffer(parts.area, parts.buffer, &parts.mem, used, Direction::FromSandbox);
+        if let Some(results) = results {
+            copy_buffer(parts.area, parts.buffer, &parts.mem, results, Direction::FromSandbox);
+        }
         if let Job::Call(pending) = &job {
             if self.is_hidden(pending, rax) {
                 pending.ask_on(self.parts.buffer);
-                self.hand_over(pending.used_bytes());
+                self.hand_over(pending.arguments(self.parts.buffer));
                 let registers = pending.call(buffer_at(self.parts.area));
                 return self.enter_or_end(call, job, &registers);
             }
@@ -592,7 +594,7 @@ impl Services {
                 });
                 match staged {
                     Ok(staged) => {
-                        self.hand_over(prm::Staged::USED);
+                        self.hand_over(prm::Staged::used());
                         let registers = staged.call(buffer_at(self.parts.area));
                         self.enter_or_end(&call, Job::Handler(staged), &registers)
                     }
@@ -609,13 +611,8 @@ impl Services {
                     scratch.zero();
                     scratch.copy_name_of(buffer);
                     let lookup = Pending::lookup(scratch);
-                    copy_buffer(
-                        parts.area,
-                        parts.scratch,
-                        &parts.mem,
-                        lookup.used_bytes(),
-                        Direction::ToSandbox,
-                    );
+                    let pieces = lookup.arguments(parts.scratch);
+                    copy_buffer(parts.area, parts.scratch, &parts.mem, pieces, Direction::ToSandbox);
                     let registers = lookup.call(buffer_at(parts.area));
                     self.enter_or_end(&call, Job::Lookup { lookup, write }, &registers)
                 }
@@ -629,7 +626,7 @@ impl Services {
                     return None;
                 }
                 None => {
-                    self.hand_over(pending.used_bytes());
+                    self.hand_over(pending.arguments(self.parts.buffer));
                     let registers = pending.call(buffer_at(self.parts.area));
                     self.enter_or_end(&call, Job::Call(pending), &registers)
                 }

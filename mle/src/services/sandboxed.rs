@@ -1,6 +1,6 @@
 //! The run of a call in the sandbox: entry, exits, end.
 
-use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall};
+use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pieces};
 use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::{NotReady, RTC_DATA, RTC_INDEX, Reason, State, Verdict, is_clock};
 use firmware::service::Target;
@@ -39,10 +39,10 @@ impl Parts {
 }
 
 impl Services {
-    /// Gives the sandbox the first `used` bytes of the MLE's call buffer.
-    pub(super) fn hand_over(&mut self, used: usize) {
+    /// Gives the sandbox `pieces` of the MLE's call buffer.
+    pub(super) fn hand_over(&mut self, pieces: Pieces) {
         let parts = &mut self.parts;
-        copy_buffer(parts.area, parts.buffer, &parts.mem, used, Direction::ToSandbox);
+        copy_buffer(parts.area, parts.buffer, &parts.mem, pieces, Direction::ToSandbox);
     }
 
     /// Prepares the sandbox for a call. What the call needs of memory is in place.
@@ -251,17 +251,19 @@ pub(super) enum Direction {
     FromSandbox,
 }
 
-/// Copies what a call uses of the call buffer, its first bytes, between the MLE and the sandbox: each side works on its own.
+/// Copies what a call uses of the call buffer between the MLE and the sandbox: each side works on its own.
 pub(super) fn copy_buffer(
     area: PhysRange,
     own: &mut CallBuffer,
     mem: &Identity,
-    used: usize,
+    pieces: Pieces,
     direction: Direction,
 ) {
-    let (at, used) = (buffer_at(area), ..used);
-    match direction {
-        Direction::ToSandbox => mem.write(at, own.as_bytes().get(used).unwrap_or_default()),
-        Direction::FromSandbox => mem.read(at, own.as_mut_bytes().get_mut(used).unwrap_or_default()),
-    };
+    for piece in pieces {
+        let at = buffer_at(area).wrapping_add(piece.start as u64);
+        match direction {
+            Direction::ToSandbox => mem.write(at, own.as_bytes().get(piece).unwrap_or_default()),
+            Direction::FromSandbox => mem.read(at, own.as_mut_bytes().get_mut(piece).unwrap_or_default()),
+        };
+    }
 }
