@@ -116,6 +116,11 @@ pub trait PhysMem {
     fn read(&self, addr: u64, out: &mut [u8]) -> bool;
     /// Copies `data` to `addr`; false, and nothing written, when it may not.
     fn write(&self, addr: u64, data: &[u8]) -> bool;
+    /// Reads eight bytes at `addr`; `None` when they are not memory that this reader may reach.
+    fn read64(&self, addr: u64) -> Option<u64> {
+        let mut bytes = [0; 8];
+        self.read(addr, &mut bytes).then_some(u64::from_le_bytes(bytes))
+    }
     /// Copies eight bytes to `addr`, a multiple of 8, in one access where hardware may be reading them.
     fn write64(&self, addr: u64, value: u64) -> bool {
         self.write(addr, &value.to_le_bytes())

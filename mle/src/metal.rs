@@ -162,6 +162,10 @@ impl PhysMem for Identity {
         unsafe { core::ptr::copy(data.as_ptr(), addr as *mut u8, data.len()) };
         true
     }
+    fn read64(&self, addr: u64) -> Option<u64> {
+        // SAFETY: mapped and readable (`Identity::new`); no reference is made to memory that others may write.
+        self.mapped(addr, 8).then(|| unsafe { (addr as *const u64).read_unaligned() })
+    }
     fn write64(&self, addr: u64, value: u64) -> bool {
         let right = addr.is_multiple_of(8) && self.writable(addr, 8);
         if right {

@@ -1,9 +1,10 @@
 //! The guest's memory by virtual address: its own page tables, read as the CPU reads them.
 
-use core::cell::Cell;
+use core::cell::{Cell, RefCell};
 
 use firmware::call::GuestMem;
 use firmware::capsule::GuestRam;
+use heapless::HistoryBuf;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::space::{AddressSpace, Kind};
@@ -24,12 +25,13 @@ pub struct GuestView<'a, M> {
     control: Control,
     space: &'a AddressSpace,
     mem: &'a M,
-    last: Cell<Option<Translated>>,
+    /// By the low bits of the page's number.
+    known: [Cell<Option<Translated>>; 4],
     /// Where tables and arguments were last, and so are next, most of the time.
-    ram: Cell<Option<PhysRange>>,
+    ram: RefCell<HistoryBuf<PhysRange, 4>>,
 }
 
-/// A page's translation, as a CPU's TLB keeps it: arguments lie side by side.
+/// A page's translation, as a CPU's TLB keeps it: arguments lie on few pages.
 #[derive(Clone, Copy)]
 struct Translated {
     page: u64,
@@ -40,52 +42,59 @@ struct Translated {
 impl<'a, M: PhysMem> GuestView<'a, M> {
     /// The memory that `space` gives to the guest whose registers, as far as translation depends on them, are `control`.
     pub fn new(control: Control, space: &'a AddressSpace, mem: &'a M) -> Self {
-        Self { control, space, mem, last: Cell::new(None), ram: Cell::new(None) }
+        Self { control, space, mem, known: Default::default(), ram: RefCell::new(HistoryBuf::new()) }
     }
 
     /// The physical address of `va`, for a read or a write by the guest's kernel; `None` for what would fault.
     fn translate(&self, va: u64, write: bool) -> Option<u64> {
         const OFFSET: u64 = PAGE_SIZE - 1;
         let page = va & !OFFSET;
-        let known = self.last.get().filter(|last| last.page == page && (last.write || !write));
-        let to = match known {
-            Some(last) => last.to,
-            None => {
-                let to = self.walk(page, write)?;
-                self.last.set(Some(Translated { page, to, write }));
-                to
+        let [a, b, c, d] = &self.known;
+        let known = match va / PAGE_SIZE % 4 {
+            0 => a,
+            1 => b,
+            2 => c,
+            _ => d,
+        };
+        let found = match known.get() {
+            Some(found) if found.page == page => found,
+            _ => {
+                let found = self.walk(page)?;
+                known.set(Some(found));
+                found
             }
         };
-        Some(to | va & OFFSET)
+        (found.write || !write).then_some(found.to | va & OFFSET)
     }
 
-    /// The same by the guest's tables.
+    /// The same of a page, by the guest's tables.
     ///
     /// Spec: \[APM2\] "Long-Mode Page Translation".
-    fn walk(&self, va: u64, write: bool) -> Option<u64> {
+    fn walk(&self, page: u64) -> Option<Translated> {
         let c = &self.control;
         if c.cr0 & CR0_PG == 0 || c.cr4 & CR4_PAE == 0 || c.efer & EFER_LMA == 0 {
             return None;
         }
         let levels = if c.cr4 & CR4_LA57 != 0 { 5 } else { 4u32 };
         let unused = 64u32.saturating_sub(levels.saturating_mul(9).saturating_add(12));
-        let canonical = (va << unused) as i64 >> unused;
-        if canonical as u64 != va {
+        let canonical = (page << unused) as i64 >> unused;
+        if canonical as u64 != page {
             return None;
         }
         let mut table = c.cr3 & ADDRESS;
+        let mut write = true;
         for level in (1..=levels).rev() {
             let shift = level.saturating_mul(9).saturating_add(3);
-            let index = va.wrapping_shr(shift) & 511;
-            let mut bytes = [0; 8];
-            self.read_phys(table.wrapping_add(index.wrapping_mul(8)), &mut bytes)?;
-            let entry = u64::from_le_bytes(bytes);
-            if entry & PRESENT == 0 || (write && entry & WRITE == 0) {
+            let index = page.wrapping_shr(shift) & 511;
+            let at = table.wrapping_add(index.wrapping_mul(8));
+            let entry = self.is_ram(at, 8).then(|| self.mem.read64(at))??;
+            if entry & PRESENT == 0 {
                 return None;
             }
+            write &= entry & WRITE != 0;
             if level == 1 || (level <= 3 && entry & LARGE != 0) {
                 let offset = 1u64.wrapping_shl(shift).wrapping_sub(1);
-                return Some((entry & ADDRESS & !offset) | (va & offset));
+                return Some(Translated { page, to: (entry & ADDRESS & !offset) | (page & offset), write });
             }
             table = entry & ADDRESS;
         }
@@ -96,21 +105,27 @@ impl<'a, M: PhysMem> GuestView<'a, M> {
     /// some registers (configuration space, the local APIC), and the MLE would reach what these keep from it.
     fn is_ram(&self, at: u64, len: usize) -> bool {
         let Some(range) = PhysRange::new(at, len as u64) else { return false };
-        if !self.ram.get().is_some_and(|ram| ram.contains(&range)) {
-            let ram = self.space.find(at).filter(|region| region.kind == Kind::Ram);
-            self.ram.set(ram.map(|region| region.range));
+        let mut known = self.ram.borrow_mut();
+        if known.iter().any(|ram| ram.contains(&range)) {
+            return true;
         }
-        self.ram.get().is_some_and(|ram| ram.contains(&range))
+        match self.space.find(at) {
+            Some(region) if region.kind == Kind::Ram && region.range.contains(&range) => {
+                known.write(region.range);
+                true
+            }
+            _ => false,
+        }
     }
 
-    fn read_phys(&self, at: u64, out: &mut [u8]) -> Option<()> {
-        (self.is_ram(at, out.len()) && self.mem.read(at, out)).then_some(())
+    fn read_phys(&self, at: u64, out: &mut [u8]) -> bool {
+        self.is_ram(at, out.len()) && self.mem.read(at, out)
     }
 }
 
 impl<M: PhysMem> GuestRam for GuestView<'_, M> {
     fn read_ram(&self, gpa: u64, out: &mut [u8]) -> bool {
-        self.read_phys(gpa, out).is_some()
+        self.read_phys(gpa, out)
     }
 }
 
@@ -126,7 +141,7 @@ impl<M: PhysMem> GuestMem for GuestView<'_, M> {
         let mut rest = out;
         while !rest.is_empty() {
             let (now, later) = rest.split_at_mut(in_page(va, rest.len()));
-            if self.translate(va, false).and_then(|at| self.read_phys(at, now)).is_none() {
+            if !self.translate(va, false).is_some_and(|at| self.read_phys(at, now)) {
                 return false;
             }
             va = va.wrapping_add(now.len() as u64);
