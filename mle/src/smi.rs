@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 pub mod count;
+pub mod told;
 
 use core::fmt::{Display, Write};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,7 +13,7 @@ use firmware::exposure::{Decision, Kind, Record, Text};
 use firmware::sandbox::SMI_COMMAND;
 use firmware::service::Service;
 use firmware::smm::check::{GuardError, Guarded, Sums};
-use firmware::smm::communicate::{self, CorePrivate, SmmPolicy, judge};
+use firmware::smm::communicate::{self, CommunicateError, CorePrivate, Request, SmmPolicy, judge};
 use firmware::smm::facts::{self, Fact, Facts};
 use heapless::Vec;
 use hv::addr::{PAGE_SIZE, PhysRange};
@@ -37,8 +38,10 @@ const WSMT_MAX: usize = 256;
 /// How long after an SMI of ours the other CPUs may take theirs: the chipset sends it to all, microseconds.
 const ECHO_US: u64 = 1_000_000;
 
-/// For each CPU until when one SMI is the echo of one that is on record.
-static ECHO_UNTIL: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
+/// Until when an SMI of a CPU is the echo of one that is on record.
+static ECHO_UNTIL: AtomicU64 = AtomicU64::new(0);
+/// What that was when each CPU had its echo: there is one of each.
+static ECHO_HEARD: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
 /// What SMM must not have changed.
 static GUARD: Mutex<Guard> =
@@ -319,12 +322,23 @@ pub enum Answer {
     Refused,
 }
 
+/// A record that says what of SMM is asked for.
+fn about(pending: &Result<Option<Request<'_>>, CommunicateError>, record: Record) -> Record {
+    match pending {
+        Ok(Some(request)) => {
+            Record { variable: request.variable(), text: Some(Text::new(request)), ..record }
+        }
+        Ok(None) => record,
+        Err(error) => Record { text: Some(Text::new(error)), ..record },
+    }
+}
+
 impl SmiGate {
-    /// Judges an SMI that firmware asks for in a call of `service` on `cpu`, raises it with `raise` if it may be, and puts
-    /// it on record.
+    /// Judges an SMI that firmware asks for, the `nth` of a call of `service` on `cpu`, raises it with `raise` if it may be, and
+    /// puts it on record.
     pub fn of_sandbox(
         &self,
-        command: u8,
+        (command, nth): (u8, u64),
         mem: &Identity,
         service: Service,
         cpu: u32,
@@ -335,14 +349,10 @@ impl SmiGate {
         let core = self.core.as_ref();
         let pending = core.map_or(Ok(None), |core| core.pending(mem, &self.runtime, &mut name));
         let since = exposure::now_us(clock);
-        let mut record =
+        let record =
             Record { service: service as u8, smi_command: command, ..Record::new(Kind::SMI, cpu, since) };
-        record.text = match &pending {
-            Ok(Some(request)) => Some(Text::new(request)),
-            Ok(None) => None,
-            Err(error) => Some(Text::new(error)),
-        };
-        let answer = match judge(&self.policy, command, &pending) {
+        let mut record = about(&pending, record);
+        match judge(&self.policy, command, &pending) {
             communicate::Decision::Allow => {
                 expect_echoes(since);
                 raise();
@@ -351,20 +361,23 @@ impl SmiGate {
                 record.decision = Decision::PASSED;
                 let took = exposure::now_us(clock).saturating_sub(since);
                 record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
+                if nth <= told::OF_CALL {
+                    exposure::record(&record);
+                }
                 Answer::Raised
             }
             communicate::Decision::Refuse(refusal) => {
-                warn!("SMI {command:#x} of {service:?} is refused: {refusal}");
                 record.decision = Decision::DENIED;
+                if told::REFUSED.record(record) {
+                    warn!("SMI {command:#x} of {service:?} is refused: {refusal}");
+                }
                 // What is left pending would be served with the next SMI, whoever raises it.
                 match &self.core {
                     Some(core) if core.withdraw(mem) => Answer::Withdrawn,
                     _ => Answer::Refused,
                 }
             }
-        };
-        exposure::record(&record);
-        answer
+        }
     }
 
     /// Answers what firmware left for SMM and did not ask for with an SMI of its own: the next one, whoever raises it, would
@@ -377,15 +390,11 @@ impl SmiGate {
             return;
         }
         core.withdraw(mem);
-        warn!("a request to SMM without an SMI, in {service:?}, is withdrawn");
         let record = Record::new(Kind::REFUSED, cpu, exposure::now_us(clock));
-        let text = match &pending {
-            Ok(Some(request)) => Text::new(request),
-            Ok(None) => return,
-            Err(error) => Text::new(error),
-        };
-        let (text, decision, service) = (Some(text), Decision::DENIED, service as u8);
-        exposure::record(&Record { text, decision, service, ..record });
+        let record = Record { decision: Decision::DENIED, service: service as u8, ..record };
+        if told::REFUSED.record(about(&pending, record)) {
+            warn!("a request to SMM without an SMI, in {service:?}, is withdrawn");
+        }
     }
 }
 
@@ -412,29 +421,34 @@ pub fn of_guest((port, command): (u16, u8), id: u32, cpu: &mut Cpu, ports: &Port
         let took = exposure::now_us(clock).saturating_sub(since);
         record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
     }
-    exposure::record(&record);
+    told::OF_GUEST.record(record);
 }
 
 /// An SMI that the guest sent to CPUs by its APIC, and that was dropped.
 pub fn ipi_dropped(id: u32, clock: &TscClock) {
     let record = Record::new(Kind::GUEST_SMI, id, exposure::now_us(clock));
-    exposure::record(&Record { decision: Decision::DENIED, text: Some(Text::new("by the APIC")), ..record });
+    told::OF_GUEST.record(Record {
+        decision: Decision::DENIED,
+        text: Some(Text::new("by the APIC")),
+        ..record
+    });
 }
 
-/// An SMI that a CPU took while the guest ran: of those that nobody is known to have asked for there is a record.
+/// An SMI that a CPU took while the guest ran: those that nobody is known to have asked for go on record.
 pub fn arrived(index: usize, id: u32, took_us: u64, clock: &TscClock) {
     let now = exposure::now_us(clock);
-    let echo = ECHO_UNTIL.get(index).is_some_and(|until| until.swap(0, Ordering::Relaxed) > now);
+    let until = ECHO_UNTIL.load(Ordering::Relaxed);
+    let heard = ECHO_HEARD.get(index).map(|heard| heard.swap(until, Ordering::Relaxed));
+    let echo = until > now && heard.is_some_and(|heard| heard != until);
     if !echo {
         look_for_damage(id, clock);
         let duration_us = u32::try_from(took_us).unwrap_or(u32::MAX);
-        exposure::record(&Record { duration_us, ..Record::new(Kind::SMI, id, now.saturating_sub(took_us)) });
+        told::UNASKED
+            .record(Record { duration_us, ..Record::new(Kind::SMI, id, now.saturating_sub(took_us)) });
     }
 }
 
 fn expect_echoes(now_us: u64) {
     count::asked();
-    for until in &ECHO_UNTIL {
-        until.store(now_us.saturating_add(ECHO_US), Ordering::Relaxed);
-    }
+    ECHO_UNTIL.store(now_us.saturating_add(ECHO_US), Ordering::Relaxed);
 }

@@ -20,6 +20,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::call::NAME_MAX;
+use crate::exposure;
 use crate::service::Service;
 
 /// Largest communicate buffer, in bytes.
@@ -181,7 +182,7 @@ impl VariableFunction {
     }
 }
 
-/// A variable's name: UTF-16, without its end. Shown with `?` for what is not printable ASCII.
+/// A variable's name: UTF-16, without its end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Name(Vec<u8, NAME_MAX>);
 
@@ -189,16 +190,6 @@ impl Name {
     /// UTF-16 units.
     pub fn units(&self) -> impl Iterator<Item = u16> {
         self.0.as_chunks::<2>().0.iter().map(|unit| u16::from_le_bytes(*unit))
-    }
-}
-
-impl fmt::Display for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for unit in self.units() {
-            let printable = u8::try_from(unit).ok().filter(|b| matches!(b, b' '..=b'~'));
-            write!(f, "{}", char::from(printable.unwrap_or(b'?')))?;
-        }
-        Ok(())
     }
 }
 
@@ -258,6 +249,15 @@ pub struct Request<'a> {
     pub call: Option<VariableCall<'a>>,
 }
 
+impl Request<'_> {
+    /// The variable that it is about, as records have it.
+    pub fn variable(&self) -> Option<exposure::Variable> {
+        let variable = self.call.as_ref()?.variable.as_ref()?;
+        Some(exposure::Variable { guid: variable.guid, name: exposure::Name::new(&variable.name.0) })
+    }
+}
+
+/// What for; not with which variable.
 impl fmt::Display for Request<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(call) = &self.call else {
@@ -266,12 +266,7 @@ impl fmt::Display for Request<'_> {
                 None => write!(f, "SMM handler {}, {} bytes", self.handler, self.length),
             };
         };
-        write!(f, "SMM {:?}", call.function)?;
-        match &call.variable {
-            Some(v) if v.name.0.is_empty() => write!(f, " from the first"),
-            Some(v) => write!(f, " {}-{}", v.name, v.guid),
-            None => Ok(()),
-        }
+        write!(f, "SMM {:?}", call.function)
     }
 }
 

@@ -54,6 +54,7 @@ impl OwnVariables for Own<'_> {
                 run::write_refusals(&mut text);
                 pci::write_dropped(&mut text);
                 dma::write_stopped(&mut text);
+                smi::told::write(&mut text);
                 smi::write_guarded(&mut text);
             }
             OwnVariable::Exits => run::write_counts(&mut text),

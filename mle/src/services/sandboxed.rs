@@ -211,8 +211,9 @@ impl Services {
                         ports.out8(port, command);
                         cpu.let_pending_in();
                     };
+                    let nth = parts.state.counters().smis.saturating_sub(call.before.smis);
                     let answer = parts.smi.of_sandbox(
-                        command,
+                        (command, nth),
                         &parts.mem,
                         call.service,
                         call.owner,

@@ -3,9 +3,9 @@
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use firmware::exposure::{Kind, Record, Text};
-use iommu::fault::Meter;
 use spin::Mutex;
 
+use super::told;
 use crate::metal::TscClock;
 use crate::smp::MAX_CPUS;
 use crate::{exposure, smi};
@@ -14,8 +14,6 @@ use crate::{exposure, smi};
 static ASKED: AtomicU32 = AtomicU32::new(0);
 /// What is known of each CPU's count.
 static SEEN: [Mutex<Seen>; MAX_CPUS] = [const { Mutex::new(Seen(None)) }; MAX_CPUS];
-/// Which go on record.
-static TOLD: Mutex<Meter> = Mutex::new(Meter::new());
 
 /// By how many, at most, a CPU's count was ahead of those that were asked for. None before it was first read.
 struct Seen(Option<u32>);
@@ -40,8 +38,8 @@ pub fn asked() {
     ASKED.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Takes note of what the CPU at `index` counted, at each of its exits: of SMIs that nobody asked for there is a record, with a
-/// bound as for devices' accesses, and somebody looks for damage.
+/// Takes note of what the CPU at `index` counted, at each of its exits: SMIs that nobody asked for go on record, and
+/// somebody looks for damage.
 pub fn see(index: usize, count: u32, id: impl FnOnce() -> u32, clock: &TscClock) {
     let Some(seen) = SEEN.get(index) else { return };
     let more = seen.lock().unasked(count, ASKED.load(Ordering::Relaxed));
@@ -49,13 +47,8 @@ pub fn see(index: usize, count: u32, id: impl FnOnce() -> u32, clock: &TscClock)
         return;
     }
     smi::owe_look();
-    let now = exposure::now_us(clock);
-    let Some(untold) = TOLD.lock().admit(now) else { return };
-    let text = match untold {
-        0 => Text::new(format_args!("{more} by the CPU's count")),
-        n => Text::new(format_args!("{more} by the CPU's count; {n} times more before it")),
-    };
-    exposure::record(&Record { text: Some(text), ..Record::new(Kind::SMI, id(), now) });
+    let text = Some(Text::new(format_args!("{more} by the CPU's count")));
+    told::UNASKED.record(Record { text, ..Record::new(Kind::SMI, id(), exposure::now_us(clock)) });
 }
 
 #[cfg(test)]
