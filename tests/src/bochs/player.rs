@@ -218,7 +218,8 @@ impl Player {
         Ok(())
     }
 
-    /// The loader executes SENTER in its launch page, which it fills before it gives up locality 0.
+    /// The loader executes SENTER in its launch page, which it fills before it gives up locality 0. It jumps there, so there is no
+    /// instruction before it at which to stop; behind it there is one that nothing else reaches (see `breakpoint`).
     fn look_for_launch_page(&mut self, machine: &mut Debugger) -> Result<()> {
         if self.watch.lock().stage.is_some() {
             return Ok(());
@@ -226,8 +227,10 @@ impl Player {
         for page in skinit::CANDIDATES {
             let address = page * 0x1000 + skinit::SKINIT_OFFSET;
             if !self.points.iter().any(|&(_, at)| at == address) && machine.read(address, 2)? == GETSEC {
-                let number = machine.break_at(address)?;
-                self.points.push((number, address));
+                for address in [address, address + GETSEC.len() as u64] {
+                    let number = machine.break_at(address)?;
+                    self.points.push((number, address));
+                }
                 self.say(&format!("GETSEC written to {address:#x}"));
             }
         }
@@ -245,6 +248,10 @@ impl Player {
             self.entered(machine, &launch)?;
             return Ok(true);
         }
+        // Bochs' own GETSEC changes nothing. Behind the launch page's, its breakpoint was forgotten: it is carried out now.
+        let before = rip - GETSEC.len() as u64;
+        let behind = before & 0xfff == skinit::SKINIT_OFFSET && machine.read(before, 2)? == GETSEC;
+        let rip = if behind { before } else { rip };
         let is = machine.read(rip, GETSEC.len() + BEFORE as usize)?;
         if !is.starts_with(&GETSEC) && is.windows(2).any(|bytes| bytes == GETSEC) {
             return Ok(true);
