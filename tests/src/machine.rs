@@ -401,6 +401,11 @@ impl Machine {
         self.wait_for("SEXIT", |machine| machine.senter()?.exited)
     }
 
+    /// Waits until the MLE has closed TXT's private registers, on a machine with TXT. Gives whether secrets are left in memory.
+    pub fn wait_closed(&mut self) -> Result<bool> {
+        self.wait_for("the end of TXT", |machine| machine.senter()?.closed)
+    }
+
     fn wait_for<T>(&mut self, what: &str, find: impl Fn(&Self) -> Option<T>) -> Result<T> {
         let end = Instant::now() + self.timeout;
         loop {
@@ -553,7 +558,7 @@ impl Machine {
     }
 
     /// Waits for the machine's end, which must have QEMU's `expected` reason.
-    fn ends_by(mut self, expected: &str) -> Result<()> {
+    pub fn ends_by(mut self, expected: &str) -> Result<()> {
         let ended = self.emulator.wait(Duration::from_secs(60))?;
         ensure!(ended.is_some(), "the machine did not end ({expected}) within 60 s");
         let reason = self.emulator.last_end().unwrap_or_default();

@@ -72,7 +72,9 @@ pub struct State {
     pub refusal: Option<Refusal>,
     /// The TXT.ERRORCODE with which the platform was reset.
     pub reset: Option<u32>,
-    /// The MLE's SEXIT, once there was one: whether TXT.E2STS has SECRETS set then.
+    /// TXT's private registers, once they were closed: whether TXT.E2STS has SECRETS set then.
+    pub closed: Option<bool>,
+    /// The MLE's SEXIT, once there was one: the same.
     pub exited: Option<bool>,
     /// Why the player had to give up.
     pub failure: Option<String>,
@@ -174,6 +176,9 @@ impl Player {
                     self.say(&format!("TXT.CMD.RESET with TXT.ERRORCODE {code:#x}"));
                     self.watch.lock().reset = Some(code);
                     return Ok(false);
+                }
+                if at == at::PRIVATE + at::CMD_CLOSE_PRIVATE {
+                    self.watch.lock().closed = Some(registers.secrets());
                 }
             }
             Stop::VmExit { cpu } => self.repair(machine, cpu)?,
@@ -388,8 +393,7 @@ impl Player {
         if let Some(registers) = &mut self.registers {
             registers.set(machine, at::STS, at::STS_SEXIT_DONE.into())?;
         }
-        let secrets = machine.read32(at::PUBLIC + at::E2STS)? & at::E2STS_SECRETS != 0;
-        self.watch.lock().exited = Some(secrets);
+        self.watch.lock().exited = self.registers.as_ref().map(Registers::secrets);
         Ok(())
     }
 }

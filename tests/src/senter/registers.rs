@@ -52,6 +52,11 @@ impl Registers {
         self.get(at::ERRORCODE) as u32
     }
 
+    /// Whether TXT.E2STS has SECRETS set.
+    pub fn secrets(&self) -> bool {
+        self.get(at::E2STS) & u64::from(at::E2STS_SECRETS) != 0
+    }
+
     /// SINIT has set registers: what they hold now counts.
     pub fn renew(&mut self, machine: &mut impl Target) -> Result<()> {
         *self = Self::new(machine)?;
