@@ -147,13 +147,21 @@ impl Debugger {
         Ok(())
     }
 
-    /// Stops before any CPU executes the instruction at a physical address. Gives the breakpoint's number.
-    pub fn break_at(&mut self, physical: u64) -> Result<u32> {
-        let reply = self.ask(&format!("pb {physical:#x}"))?;
-        ensure!(!reply.contains("rror"), "Bochs' debugger: breakpoint at {physical:#x}: {}", reply.trim());
+    /// Stops before any CPU executes the instruction at a linear address. Gives the breakpoint's number.
+    ///
+    /// Not at a physical one: for that Bochs walks all page tables before each instruction, which then takes four times as long.
+    pub fn break_at(&mut self, linear: u64) -> Result<u32> {
+        let reply = self.ask(&format!("lb {linear:#x}"))?;
+        ensure!(!reply.contains("rror"), "Bochs' debugger: breakpoint at {linear:#x}: {}", reply.trim());
         let list = self.ask("blist")?;
         let number = list.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).max();
         number.with_context(|| format!("Bochs' debugger: no breakpoint in {list:?}"))
+    }
+
+    /// Whether the CPU has the page of this address mapped to itself.
+    pub fn maps_to_itself(&mut self, linear: u64) -> Result<bool> {
+        let reply = self.ask(&format!("page {linear:#x}"))?;
+        Ok(parse_page(&reply).is_some_and(|physical| physical == linear & !0xfff))
     }
 
     /// The emulator's clock, which goes on by one with each instruction of a CPU, and as it likes while all are halted.
@@ -234,6 +242,12 @@ impl Debugger {
         }
         Ok(())
     }
+}
+
+/// What `page` said: a page's physical address, if it has one.
+fn parse_page(text: &str) -> Option<u64> {
+    let digits = text.split_once("maps to physical page 0x")?.1.split_whitespace().next()?;
+    u64::from_str_radix(digits, 16).ok()
 }
 
 /// What `ptime` said: instructions, on one CPU, since power-on.
@@ -341,6 +355,14 @@ mod tests {
     fn time_is_a_number_of_ticks() {
         assert_eq!(parse_ticks("ptime: 12345678901\n"), Some(12_345_678_901));
         assert_eq!(parse_ticks("syntax error"), None);
+    }
+
+    #[test]
+    fn a_page_is_known_by_its_physical_address() {
+        let text =
+            "PTE: 00000000b9e00161 g\nlinear page 0x00000000b9e00000 maps to physical page 0x0000b9e01000\n";
+        assert_eq!(parse_page(text), Some(0xb9e0_1000));
+        assert_eq!(parse_page("physical address not available for linear 0x00000000b9e00000\n"), None);
     }
 
     #[test]

@@ -248,6 +248,10 @@ impl Player {
 
     fn breakpoint(&mut self, machine: &mut Debugger, cpu: u32, registers: &Cpu) -> Result<bool> {
         let rip = registers.get("rip")?;
+        // Loader, SINIT and MLE have memory mapped to itself; a program of the guest's may have its own at such an address.
+        if !machine.maps_to_itself(rip)? {
+            return Ok(true);
+        }
         let launch = self.watch.lock().launch.clone();
         if let Some(launch) = launch.filter(|launch| launch.entry == rip && self.saved.is_some()) {
             self.entered(machine, &launch)?;
