@@ -7,7 +7,9 @@ use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use hv::failure::{MleError, Record, Stage};
+use hv::io::Clock;
 
+use crate::guest::ends;
 use crate::metal::{Ports, Serial};
 use crate::senter;
 use crate::smp::Met;
@@ -36,22 +38,30 @@ pub fn give_up(record: Record, why: fmt::Arguments<'_>) -> ! {
 }
 
 /// Ends the launch as the guest wants it, or has it coming: says `why`, caps the PCRs, has all CPUs `meet` after SENTER, resets.
-pub fn end_by_guest(ports: Ports, why: fmt::Arguments<'_>, meet: impl FnOnce() -> Option<Met>) -> ! {
+pub fn end_by_guest(
+    ports: Ports,
+    clock: &impl Clock,
+    why: fmt::Arguments<'_>,
+    meet: impl FnOnce() -> Option<Met>,
+) -> ! {
     if STOPPING.swap(true, Ordering::AcqRel) {
         reset(ports)
     }
     let _ = writeln!(Serial(ports), "cordon: guest ends: {why}");
     crate::measure::cap();
-    end(if senter::launched() { meet() } else { None })
+    end(if senter::launched() { meet() } else { None }, clock)
 }
 
-/// Ends a launch whose PCRs are capped: in order, if all CPUs have met, and by a reset in any case.
-pub fn end(met: Option<Met>) -> ! {
+/// Ends a launch whose PCRs are capped: in order, if all CPUs have met. Then the machine, as the guest does if it does by a port, and by
+/// a reset in any other case.
+pub fn end(met: Option<Met>, clock: &impl Clock) -> ! {
     if let Some(met) = met {
         senter::end::leave(met);
     }
     // SAFETY: only images call this, at CPL 0; whoever used the ports is not coming back.
-    reset(unsafe { Ports::new() })
+    let ports = unsafe { Ports::new() };
+    ends::carry_out(&ports, clock);
+    reset(ports)
 }
 
 /// Handler of the MLE's own exceptions.

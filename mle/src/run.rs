@@ -112,7 +112,7 @@ fn end(
     index: usize,
     why: fmt::Arguments<'_>,
 ) -> ! {
-    fatal::end_by_guest(ports, why, || smp::meet(index, cpu, local, clock))
+    fatal::end_by_guest(ports, clock, why, || smp::meet(index, cpu, local, clock))
 }
 
 fn see_smis(index: usize, cpu: &Cpu, local: &Xapic<PhysWindow>, clock: &TscClock) {
@@ -217,7 +217,10 @@ pub fn guest(
                 guarded::guarded_access(vcpu, exit, id, &ports, clock, |port, size, value| {
                     if ends::is_end(port, size, value) {
                         services::end_of_guest(cpu, local, ports);
-                        senter::end::with_machine();
+                        if senter::launched() {
+                            ends::keep(port, size, value);
+                            end(cpu, local, clock, ports, index, format_args!("OUT to port {port:#x}"));
+                        }
                     }
                     guarded::write(&ports, port, size, value, |at, command| {
                         smi::of_guest((at, command), id, cpu, &ports, clock)

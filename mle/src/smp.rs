@@ -540,7 +540,7 @@ pub fn before_run(
     }
     if index == 0 {
         if gather::ends() {
-            fatal::end(meet(index, cpu, local, clock));
+            fatal::end(meet(index, cpu, local, clock), clock);
         }
         if gather::alone(cpu, local, clock) {
             return true;

@@ -401,11 +401,6 @@ impl Machine {
         self.wait_for("SEXIT", |machine| machine.senter()?.exited)
     }
 
-    /// Waits until the MLE has closed TXT's private registers, on a machine with TXT. Gives whether secrets are left in memory.
-    pub fn wait_closed(&mut self) -> Result<bool> {
-        self.wait_for("the end of TXT", |machine| machine.senter()?.closed)
-    }
-
     fn wait_for<T>(&mut self, what: &str, find: impl Fn(&Self) -> Option<T>) -> Result<T> {
         let end = Instant::now() + self.timeout;
         loop {

@@ -1,4 +1,5 @@
-//! A guest of a few instructions, for what happens to the machine when it ends: it stops a CPU by a triple fault.
+//! A guest of a few instructions, for what happens to the machine when it ends: it stops a CPU by a triple fault, or turns the machine
+//! off.
 
 use std::arch::global_asm;
 
@@ -11,6 +12,10 @@ pub enum Course {
     First = 1,
     /// The first CPU starts another, which stops.
     Other = 2,
+    /// The first CPU turns the machine off when it has started another, which runs.
+    FirstOff = 5,
+    /// The first CPU starts another, which turns the machine off.
+    OtherOff = 6,
 }
 
 /// Boot protocol: the code's offset from where the kernel is loaded, and in the file.
@@ -23,16 +28,20 @@ global_asm!(
     ".pushsection .rodata.cordon_small_kernel, \"a\"",
     ".set other_size, cordon_small_kernel_nothing - cordon_small_kernel_other",
     "cordon_small_kernel:",
-    "  mov ebx, [rip + cordon_small_kernel_course]",
-    "  test ebx, ebx",
+    "  mov ebp, [rip + cordon_small_kernel_course]",
+    "  mov ebx, ebp",
+    "  and ebx, 3",
     "  jz 3f",
-    // 9000h: whether the other CPU runs; 9001h: whether it is to stop; 9008h: a table of no interrupts.
+    // 9000h: whether the other CPU runs; 9001h: whether it is to stop; 9002h: by what; 9008h: a table of no interrupts.
     "  mov edx, 0x9000",
     "  xor eax, eax",
     "  mov [rdx], rax",
     "  mov [rdx + 8], rax",
     "  shr ebx",
     "  mov [rdx + 1], bl",
+    "  mov eax, ebp",
+    "  shr eax, 2",
+    "  mov [rdx + 2], al",
     "  mov edi, 0x8000",
     "  lea rsi, [rip + cordon_small_kernel_other]",
     "  mov ecx, offset other_size",
@@ -46,7 +55,13 @@ global_asm!(
     "  je 2b",
     "  test ebx, ebx",
     "2: jnz 2b",
-    "3: lidt [rip + cordon_small_kernel_nothing]",
+    "3: test ebp, 4",
+    "  jz 4f",
+    // PM1 control: SLP_EN, for the kind of sleep that is none to wake from.
+    "  mov edx, 0xb004",
+    "  mov eax, 0x2000",
+    "  out dx, ax",
+    "4: lidt [rip + cordon_small_kernel_nothing]",
     "  ud2",
     // The other CPU, in real mode, with addresses of 16 bits that the assembler would not give it. Its CPUID is an exit.
     "cordon_small_kernel_other:",
@@ -54,6 +69,11 @@ global_asm!(
     "  .byte 0x80, 0x3e, 0x01, 0x90, 0x00", // cmp byte ptr [0x9001], 0
     "  .byte 0xc6, 0x06, 0x00, 0x90, 0x01", // mov byte ptr [0x9000], 1
     "  .byte 0x74, 0xfe",                   // je to itself
+    "  .byte 0x80, 0x3e, 0x02, 0x90, 0x00", // cmp byte ptr [0x9002], 0
+    "  .byte 0x74, 0x07",                   // je behind the OUT
+    "  .byte 0xba, 0x04, 0xb0",             // mov dx, 0xb004
+    "  .byte 0xb8, 0x00, 0x20",             // mov ax, 0x2000
+    "  .byte 0xef",                         // out dx, ax
     "  .byte 0x0f, 0x01, 0x1e, 0x08, 0x90", // lidt [0x9008]
     "  int3",
     "cordon_small_kernel_nothing:",

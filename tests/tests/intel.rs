@@ -111,9 +111,8 @@ fn linux_starts_two_cpus_after_senter() {
     let mut machine = start(&cordon_spec());
     let said = machine.check("nproc; taskset 2 grep -c processor /proc/cpuinfo");
     assert_eq!(expect(&machine, said).trim(), "2\n2");
-    // What is in memory is no secret any more when the guest turns the machine off.
     machine.begin("poweroff -f").expect("a command");
-    let secrets = machine.wait_closed();
+    let secrets = machine.wait_sexit();
     assert!(!expect(&machine, secrets));
     machine.ends_by("guest-shutdown").expect("power off");
 }
@@ -121,7 +120,7 @@ fn linux_starts_two_cpus_after_senter() {
 #[test]
 #[ignore = "takes eight minutes"]
 fn linux_with_two_cpus_is_left_by_sexit_when_it_reboots() {
-    // By its own choice Linux uses a port, of which the MLE knows nothing but that the machine ends.
+    // By its own choice Linux uses a port.
     let mut machine = start(&Spec { cmdline: "reboot=efi".to_owned(), ..cordon_spec() });
     let asked = machine.begin("test `nproc` = 2 && reboot -f");
     expect(&machine, asked);
@@ -229,9 +228,9 @@ fn a_dmar_that_changes_after_senter_is_not_used() {
     assert_eq!(registers(elsewhere), [0; 0x100]);
 }
 
-/// Has a guest stop its CPU `who`, and the MLE end the launch in order: by SEXIT, which wants all CPUs outside of VMX operation and in
-/// no wait for a Startup IPI, without secrets.
-fn leaves(course: Course, who: u32) {
+/// Has a guest end by what its CPU `who` does, and the MLE end the launch in order: by SEXIT, which wants all CPUs outside of VMX operation
+/// and in no wait for a Startup IPI, without secrets.
+fn leaves(course: Course, why: &str) -> Machine {
     let folder = tempfile::tempdir().expect("a folder");
     let file = |name, bytes: &[u8]| {
         let path = folder.path().join(name);
@@ -242,26 +241,44 @@ fn leaves(course: Course, who: u32) {
     let mut machine = start(&Spec { kernel, initrd: file("initrd", &[0; 512]), ..cordon_spec() });
     let secrets = machine.wait_sexit();
     assert!(!expect(&machine, secrets));
-    let why = format!("cordon: guest ends: triple fault on CPU {who}");
+    let why = format!("cordon: guest ends: {why}");
     assert!(machine.console().contains(&why), "{}", machine.console());
+    machine
+}
+
+/// The same where that turns the machine off.
+fn leaves_off(course: Course) {
+    leaves(course, "OUT to port 0xb004").ends_by("guest-shutdown").expect("power off");
 }
 
 #[test]
 #[ignore = "takes two minutes"]
 fn the_launch_ends_in_order_with_a_cpu_that_was_never_started() {
-    leaves(Course::FirstAlone, 0);
+    leaves(Course::FirstAlone, "triple fault on CPU 0");
 }
 
 #[test]
 #[ignore = "takes two minutes"]
 fn the_launch_ends_in_order_with_two_cpus_in_the_guest() {
-    leaves(Course::First, 0);
+    leaves(Course::First, "triple fault on CPU 0");
 }
 
 #[test]
 #[ignore = "takes two minutes"]
 fn a_launch_that_ends_on_another_cpu_is_left_by_the_first() {
-    leaves(Course::Other, 1);
+    leaves(Course::Other, "triple fault on CPU 1");
+}
+
+#[test]
+#[ignore = "takes two minutes"]
+fn a_machine_that_is_turned_off_is_left_in_order() {
+    leaves_off(Course::FirstOff);
+}
+
+#[test]
+#[ignore = "takes two minutes"]
+fn a_machine_that_another_cpu_turns_off_is_left_by_the_first() {
+    leaves_off(Course::OtherOff);
 }
 
 #[test]

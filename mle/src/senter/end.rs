@@ -9,8 +9,7 @@ use hv::failure::Record;
 use hv::io::Mmio;
 
 use super::regs::{self, Registers};
-use super::{LAUNCHED, insn, launched};
-use crate::measure;
+use super::{LAUNCHED, insn};
 use crate::metal::PhysWindow;
 use crate::smp::Met;
 
@@ -43,27 +42,13 @@ pub fn keep(record: Record) {
 ///
 /// Spec: \[TXT\] "Measured Environment Tear Down".
 pub fn leave(_: Met) {
-    if close_all() {
-        // SAFETY: CPL 0, on the first CPU; all are outside of VMX operation and none waits for a Startup IPI: they have met.
-        unsafe { insn::getsec(SEXIT, 0) }
-    }
-}
-
-/// Closes TXT's registers, which are not ours from then on; false when they were not.
-fn close_all() -> bool {
-    let Some(registers) = registers() else { return false };
+    let Some(registers) = registers() else { return };
     insn::write_back_caches();
     close(&registers);
+    // They are not ours from now on.
     LAUNCHED.store(false, Ordering::Release);
-    true
-}
-
-/// The guest is about to end the machine by itself: what is there afterwards is not this launch, and nothing is to be wiped.
-pub fn with_machine() {
-    if launched() {
-        measure::cap();
-        close_all();
-    }
+    // SAFETY: CPL 0, on the first CPU; all are outside of VMX operation and none waits for a Startup IPI: they have met.
+    unsafe { insn::getsec(SEXIT, 0) }
 }
 
 fn close<M: Mmio>(registers: &Registers<M>) {

@@ -72,9 +72,7 @@ pub struct State {
     pub refusal: Option<Refusal>,
     /// The TXT.ERRORCODE with which the platform was reset.
     pub reset: Option<u32>,
-    /// TXT's private registers, once they were closed: whether TXT.E2STS has SECRETS set then.
-    pub closed: Option<bool>,
-    /// The MLE's SEXIT, once there was one: the same.
+    /// The MLE's SEXIT, once there was one: whether TXT.E2STS has SECRETS set then.
     pub exited: Option<bool>,
     /// Why the player had to give up.
     pub failure: Option<String>,
@@ -176,9 +174,6 @@ impl Player {
                     self.say(&format!("TXT.CMD.RESET with TXT.ERRORCODE {code:#x}"));
                     self.watch.lock().reset = Some(code);
                     return Ok(false);
-                }
-                if at == at::PRIVATE + at::CMD_CLOSE_PRIVATE {
-                    self.watch.lock().closed = Some(registers.secrets());
                 }
             }
             Stop::VmExit { cpu } => self.repair(machine, cpu)?,
