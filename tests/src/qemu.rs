@@ -34,9 +34,10 @@ pub fn arguments(spec: &Spec) -> Vec<String> {
     let (memory, cpus) = (spec.memory, spec.cpus);
     // QEMU's order takes the place of the firmware's own, which variables that are kept are there for.
     let order = if spec.variables.is_none() { ",bootindex=1" } else { "" };
-    let threads = match spec.counts {
-        true => format!("single -icount shift={},sleep=off", NS_PER_INSTRUCTION.ilog2()),
-        false => "multi".to_owned(),
+    let threads = match (spec.counts, spec.turns) {
+        (true, _) => format!("single -icount shift={},sleep=off", NS_PER_INSTRUCTION.ilog2()),
+        (false, true) => "single".to_owned(),
+        (false, false) => "multi".to_owned(),
     };
     let remap = if spec.remaps_interrupts { "on" } else { "off" };
     // No interrupt remapping as a rule: QEMU 7.2 gives an interrupt that a device table entry lets pass as it is (IntCtl 01) the

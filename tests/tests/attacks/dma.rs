@@ -129,7 +129,7 @@ fn fill_log(machine: &mut Machine, devices: &[u16], address: u64) -> u64 {
 #[test]
 fn a_storm_of_stopped_accesses_is_counted_and_told_in_part() {
     const ROUNDS: usize = 8;
-    let mut machine = boot(&Spec { qemu_args: storm::arguments(), ..spec(Boot::Cordon, &[]) });
+    let mut machine = boot(&Spec { qemu_args: storm::arguments(), turns: false, ..spec(Boot::Cordon, &[]) });
     let mle = Places::find(&mut machine).mle;
     let log = machine.dir().file("cpu.log");
     assert_eq!(storm::stopped(&log, mle).unwrap(), 0);

@@ -73,14 +73,14 @@ fn boot(spec: &Spec) -> Machine {
 }
 
 /// A machine whose kernel lets root use the registers of devices that have drivers, and with devices that do DMA on
-/// command. `reserved` is memory that Linux is to leave alone, so that /dev/mem shows it.
+/// command. Its CPUs take turns. `reserved` is memory that Linux is to leave alone, so that /dev/mem shows it.
 fn spec(boot: Boot, reserved: &[(u64, u64)]) -> Spec {
     // Natively Linux' own IOMMU driver would stop the device.
     let mut cmdline = "iomem=relaxed msr.allow_writes=on amd_iommu=off".to_owned();
     for (base, size) in [(SCRATCH, SCRATCH_SIZE)].iter().chain(reserved) {
         cmdline.push_str(&format!(" memmap={size:#x}${base:#x}"));
     }
-    Spec { boot, cmdline, qemu_args: edu::arguments(), ..Spec::default() }
+    Spec { boot, cmdline, qemu_args: edu::arguments(), turns: true, ..Spec::default() }
 }
 
 /// The number in hexadecimal that follows the first `before` in `text`.
@@ -659,7 +659,7 @@ fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
 
 #[test]
 fn no_attack_of_a_guests_root_succeeds_and_all_do_without_cordon() {
-    let mut machine = boot(&spec(Boot::Cordon, &[]));
+    let mut machine = boot(&Spec { turns: false, ..spec(Boot::Cordon, &[]) });
     let places = Places::find(&mut machine);
     let before = pcrs(&mut machine);
     let prey = dma::prey(&mut machine, &places);
@@ -674,7 +674,7 @@ fn no_attack_of_a_guests_root_succeeds_and_all_do_without_cordon() {
 
     let reserved =
         [(places.mle, places.mle_size), (places.slb, SLB_SIZE), (places.launch_page, LAUNCH_PAGE_SIZE)];
-    let machine = boot(&spec(Boot::Native, &reserved));
+    let machine = boot(&Spec { turns: false, ..spec(Boot::Native, &reserved) });
     let mut target = Target { machine, places, prey, protected: false };
     let failures = attack(&mut target);
     assert!(failures.is_empty(), "without Cordon: {failures:#?}\n{}", target.machine.diagnosis());

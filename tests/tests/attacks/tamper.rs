@@ -40,6 +40,7 @@ impl Files {
             initrd: self.path("initrd"),
             config: Some(self.path("config")),
             cmdline: "cordon.test=0".to_owned(),
+            turns: true,
             ..Spec::default()
         }
     }
