@@ -37,3 +37,4 @@ pub mod small_kernel;
 pub mod stage;
 pub mod storm;
 pub mod swtpm;
+pub mod tally;

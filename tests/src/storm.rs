@@ -6,8 +6,7 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
+use anyhow::{Context, Result, ensure};
 
 use crate::compare::EXITS;
 use crate::edu::{Guest, functions, requester};
@@ -20,9 +19,6 @@ const SCHEDULE: u64 = 0x38;
 /// Commands: run, with that schedule; stand still.
 const RUN: u64 = 0x8_0021;
 const STOP: u64 = 0x8_0000;
-/// Most records of a kind that are told at once, and the time that earns one more (`docs/architecture.md`, "DMA").
-const BURST: u64 = 16;
-const PERIOD_US: u64 = 1_000_000;
 
 /// QEMU's arguments for the controllers, and for a log of what either IOMMU makes of their accesses.
 pub fn arguments() -> Vec<String> {
@@ -88,69 +84,4 @@ pub fn work(guest: &mut impl Guest) -> Result<u64> {
         exits && echo $((total - before))"
     ))?;
     exits.trim().parse().with_context(|| format!("exit counters: {exits}"))
-}
-
-/// One kind of what happens in a storm: as the MLE's status has it, and as the exposure log has it.
-#[derive(Debug, Default)]
-pub struct Tally {
-    /// How often, by the status.
-    pub counted: u64,
-    /// How often since the last record of it, by the status.
-    since: u64,
-    /// When its records were made, in microseconds since the MLE's start.
-    records: Vec<u64>,
-    /// How often it has no record of its own, by the texts of later ones.
-    left_out: u64,
-}
-
-impl Tally {
-    fn told(&mut self, record: &Value) -> Result<()> {
-        self.records.push(record["time_us"].as_u64().context("a record's time")?);
-        if let Some((_, rest)) = record["text"].as_str().unwrap_or_default().split_once("; ") {
-            let number = rest.split(' ').next().unwrap_or_default();
-            self.left_out += number.parse::<u64>().with_context(|| format!("text of a record: {rest}"))?;
-        }
-        Ok(())
-    }
-
-    /// Nothing is lost, and there are no more records than may be.
-    fn check(&self) -> Result<()> {
-        let told = self.records.len() as u64;
-        ensure!(told + self.left_out + self.since == self.counted, "records and count differ: {self:?}");
-        let periods = |time: Option<&u64>| time.map_or(0, |time| time / PERIOD_US);
-        let most = BURST + periods(self.records.last()) - periods(self.records.first());
-        ensure!(told <= most, "{told} records, {most} at most");
-        Ok(())
-    }
-
-    /// How many records there are.
-    pub fn records(&self) -> usize {
-        self.records.len()
-    }
-}
-
-/// What the guest finds of a storm that is over: stopped accesses, and logs that ran over. Status, log and table of the log agree.
-pub fn tallies(guest: &mut impl Guest) -> Result<[Tally; 2]> {
-    // Programs ask CPUID: these exits have the MLE look for what is left.
-    guest.check("for i in 1 2 3 4 5; do usleep 200000; true | cat; done")?;
-    let status = guest.check("tail -c +5 /sys/firmware/efi/efivars/Status-* | grep ^DMA:")?;
-    let numbers: Vec<u64> = status.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-    let &[_, counted, since, overflows, overflows_since] = numbers.as_slice() else { bail!("{status}") };
-    let mut faults = Tally { counted, since, ..Tally::default() };
-    let mut overflows = Tally { counted: overflows, since: overflows_since, ..Tally::default() };
-    for line in guest.check("cordon log --json")?.lines() {
-        let record: Value = serde_json::from_str(line).context("a record")?;
-        if record["kind"] == "IOMMU fault" {
-            if record["access"].is_null() { &mut overflows } else { &mut faults }.told(&record)?;
-        }
-    }
-    faults.check().context("faults")?;
-    overflows.check().context("overflows")?;
-    let table = guest.check("cordon exposure | grep '^IOMMU fault'")?;
-    let told = faults.records.len() + overflows.records.len();
-    ensure!(
-        table.split_whitespace().nth(2) == Some(told.to_string().as_str()),
-        "{told} records, and {table}"
-    );
-    Ok([faults, overflows])
 }

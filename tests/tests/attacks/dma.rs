@@ -5,6 +5,7 @@ use tests::edu::{Edu, Prey};
 use tests::machine::{Boot, Machine, Spec};
 use tests::region::{Region, address_at, telling};
 use tests::storm::{self, Storm};
+use tests::tally;
 
 use super::{Access, Places, SCRATCH, Target, access, boot, interrupts, seen, seen_of_long, spec, write};
 
@@ -142,7 +143,7 @@ fn a_storm_of_stopped_accesses_is_counted_and_told_in_part() {
         machine.check("usleep 200000; for i in $(seq 10); do true | cat; done").unwrap();
     }
     storm.end(&mut machine).unwrap();
-    let [faults, _] = storm::tallies(&mut machine).unwrap();
+    let [faults, _] = tally::dma(&mut machine).unwrap();
     println!(
         "{stopped} accesses stopped, {exits} exits; {logged} in the unit's log, {} records",
         faults.records()

@@ -10,12 +10,16 @@ use firmware::sandbox::Reason;
 use firmware::service::{Service, Target as Called};
 use hv::launch::{LAUNCH_PAGE_SIZE, SLB_SIZE};
 use hv::vcpu::Access;
+use serde_json::Value;
 use tests::edu::Edu;
-use tests::images;
 use tests::machine::{Boot, Machine, Spec};
+use tests::{images, tally};
 
 use super::guest::Ring0;
-use super::{Places, SCRATCH, boot, guest, hypercall_at, pcrs, ring0, seen, spec, write};
+use super::{
+    Places, SCRATCH, SMI_COUNT, boot, guest, hypercall_at, measured_at_most, pcrs, ring0, seen, smi_storm,
+    smis_by_port, spec, write,
+};
 
 pub const VARIABLES: &str = "/sys/firmware/efi/efivars";
 pub const VENDOR: &str = "0badf00d-5eed-4bad-8bad-c0de0badc0de";
@@ -103,9 +107,15 @@ pub fn write32(at: u64, value: u32) -> Vec<u8> {
     code(&[&guest::rax(at), &[0xc7, 0x00], &value.to_le_bytes()])
 }
 
+/// Leaves the low half in EAX, to go on from there.
+fn rdmsr_low(index: u32) -> Vec<u8> {
+    // mov ecx, index; rdmsr
+    [&[0xb9][..], &index.to_le_bytes(), &[0x0f, 0x32]].concat()
+}
+
 fn rdmsr(index: u32) -> Vec<u8> {
-    // mov ecx, index; rdmsr; shl rdx, 32; or rax, rdx
-    code(&[&[0xb9], &index.to_le_bytes(), &[0x0f, 0x32, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0]])
+    // shl rdx, 32; or rax, rdx
+    code(&[&rdmsr_low(index), &[0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0]])
 }
 
 fn wrmsr(index: u32, value: u32) -> Vec<u8> {
@@ -158,6 +168,13 @@ enum Port {
     In32,
 }
 
+/// Writes to the SMI command port, and leaves how many SMIs the CPU has counted meanwhile.
+fn storm_of_smis(count: u32) -> Vec<u8> {
+    let counted = rdmsr_low(SMI_COUNT);
+    // mov esi, eax; …; sub eax, esi
+    code(&[&counted, &[0x89, 0xc6], &smis_by_port(count), &counted, &[0x29, 0xf0]])
+}
+
 /// Has the services tell lies.
 fn lies(lies: &[(u8, u64)]) -> Vec<u8> {
     // mov rax, value; mov [rcx + place], rax
@@ -172,6 +189,8 @@ struct Ground {
     /// The registers of the device that does DMA.
     edu: u64,
 }
+
+const PERMITTED_SMIS: &str = "firmware: drown the log in SMIs that it may raise";
 
 /// What the implant's code does to a machine that nothing protects.
 enum Alone {
@@ -365,8 +384,12 @@ pub fn hostile(kind: Boot, reserved: &[(u64, u64)], config: Option<&Path>) -> Sp
 
 /// Calls may take long on a loaded bench, but a test need not wait ten seconds for an endless one.
 pub fn config(text: &str) -> tempfile::TempPath {
+    config_file(&format!("sandbox.budget-ms = 3000\n{text}"))
+}
+
+fn config_file(text: &str) -> tempfile::TempPath {
     let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(file.path(), format!("sandbox.budget-ms = 3000\n{text}\n")).unwrap();
+    fs::write(file.path(), format!("{text}\n")).unwrap();
     file.into_temp_path()
 }
 
@@ -601,6 +624,22 @@ fn harmless(machine: &mut Machine, protected: bool) {
     assert!(names.contains("BootOrder-"), "{names}");
     assert_eq!(names.contains("Status-a720b6bf"), protected, "{names}");
 
+    // SMIs without a request to SMM.
+    let before = protected.then(|| tally::measured(machine).unwrap());
+    let storm = smi_storm(protected);
+    let raised = run(machine, &storm_of_smis(storm)).unwrap();
+    assert_eq!(raised, Outcome::Ran(if protected { 0 } else { storm.into() }), "SMIs");
+    if let Some(before) = before {
+        let refused = |record: &Value| record["kind"] == "SMI" && record["decision"] == "denied";
+        let told = tally::of(machine, "SMIs refused to firmware", refused).unwrap();
+        assert_eq!(told.counted, u64::from(storm));
+        // Those of the call and of the question what came of it.
+        measured_at_most(machine, before, told.records() + 2);
+    } else {
+        seen(PERMITTED_SMIS, false);
+    }
+    said("SMIs that ask for nothing, and drown the log");
+
     // A reset of the machine, last: without Cordon it is one.
     let reset = run(machine, &ports(&[(0xcf9, Port::Out8(2)), (0xcf9, Port::Out8(6))]));
     if protected {
@@ -622,9 +661,13 @@ fn harmless(machine: &mut Machine, protected: bool) {
     said("reset by port CF9h");
 }
 
+/// Firmware may read the CPU's count of SMIs.
+const COUNTS_SMIS: &str = "sandbox.msr.0x34 = read";
+
 #[test]
 fn firmware_that_lies_is_not_believed() {
-    harmless(&mut start(&hostile(Boot::Cordon, &[], None)), true);
+    let config = config(COUNTS_SMIS);
+    harmless(&mut start(&hostile(Boot::Cordon, &[], Some(&config))), true);
     harmless(&mut start(&hostile(Boot::Native, &[], None)), false);
 }
 
@@ -789,10 +832,26 @@ fn firmware_that_loops_keeps_no_cpu_that_has_interrupts_off() {
     seen("firmware: loop under a guest with interrupts off", true);
 }
 
-/// Whatever firmware says its variables are, the guest finds Cordon's.
+/// Whatever firmware says its variables are, the guest finds Cordon's; and however many SMIs it raises where it may, all records.
 #[test]
-fn firmware_that_lies_hides_no_variable_of_cordons() {
-    let mut machine = start(&hostile(Boot::Cordon, &[], None));
+fn firmware_hides_neither_variables_of_cordons_nor_records() {
+    let storm = smi_storm(false);
+    let config = config_file(&format!("smm.handlers = any\n{COUNTS_SMIS}"));
+    let mut machine = start(&hostile(Boot::Cordon, &[], Some(&config)));
+    let before = tally::measured(&mut machine).unwrap();
+    let number = |machine: &mut Machine| tally::records(machine).unwrap().len();
+    let records = number(&mut machine);
+    assert_eq!(run(&mut machine, &storm_of_smis(storm)).unwrap(), Outcome::Ran(storm.into()));
+    let told = tally::records(&mut machine).unwrap().split_off(records);
+    let of_call = |record: &&Value, kind| record["service"] == "SetVariable" && record["kind"] == kind;
+    assert_eq!(told.iter().filter(|record| of_call(record, "SMI")).count(), 16, "{told:?}");
+    let call = told.iter().find(|record| of_call(record, "call"));
+    assert_eq!(call.expect("the call's record")["smis"], storm, "{told:?}");
+    measured_at_most(&mut machine, before, told.len());
+    assert_eq!(number(&mut machine), records + told.len());
+    machine.check("cordon verify").unwrap();
+    seen(PERMITTED_SMIS, true);
+
     run(&mut machine, &lies(&[(plan::NEXT_STATUS, 1 << 63 | 7), (plan::NEXT_LIES, 1)])).unwrap();
     let names = listed(&mut machine);
     assert!(names.contains("Status-a720b6bf"), "{names}");

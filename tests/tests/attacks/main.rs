@@ -24,7 +24,7 @@ use tests::attacks::{seen, seen_of_long};
 use tests::edu::{self, Prey};
 use tests::machine::{Boot, Machine, Spec};
 use tests::region::Region;
-use tests::{images, paths};
+use tests::{images, paths, tally};
 use zerocopy::FromBytes;
 
 /// RAM that Linux leaves alone, for devices to write and /dev/mem to show.
@@ -35,6 +35,8 @@ const SCRATCH_SIZE: u64 = 128 << 20;
 /// Status of a process that a signal ended: SIGILL, SIGSEGV.
 const SIGILL: i32 = 128 + 4;
 const SIGSEGV: i32 = 128 + 11;
+/// The MSR in which QEMU counts a CPU's SMIs, as Intel's CPUs do.
+const SMI_COUNT: u32 = 0x34;
 /// Exceptions.
 const UD: Ring0 = Ring0::Exception(6);
 const GP: Ring0 = Ring0::Exception(13);
@@ -646,6 +648,53 @@ fn races(target: &mut Target) {
     seen("guest: hypercall while another CPU remaps the page of its results", true);
 }
 
+/// Code that writes `count` times to the SMI command port.
+fn smis_by_port(count: u32) -> Vec<u8> {
+    let mut code = vec![0x66, 0xba, 0xb2, 0, 0xb0, 0, 0xb9]; // mov dx, b2h; mov al, 0; mov ecx, count
+    code.extend(count.to_le_bytes());
+    code.extend([0xee, 0xff, 0xc9, 0x75, 0xfb]); // out dx, al; dec ecx; jnz
+    code
+}
+
+/// How many SMIs a storm is: many where they are dropped; few where they are raised, as each may stop both CPUs for 100 ms on a
+/// loaded bench.
+fn smi_storm(dropped: bool) -> u32 {
+    if dropped { 1000 } else { 24 }
+}
+
+/// The TPM was not at work for more than `records` records, and none is missing of those that others made.
+fn measured_at_most(machine: &mut Machine, before: (u64, u64), records: usize) {
+    /// What was pending already, and reads of others meanwhile.
+    const OTHERS: u64 = 2;
+    let (batches, missing) = tally::measured(machine).unwrap();
+    assert!(
+        batches - before.0 <= records as u64 + OTHERS,
+        "{batches} batches, {before:?} before, {records} records"
+    );
+    assert_eq!(missing, before.1, "records spilled or lost");
+}
+
+/// Has the SMI command port written without end: each is an SMI, each of which takes both CPUs away and would be on record.
+fn smis(target: &mut Target) {
+    let Target { machine, protected, .. } = target;
+    let storm = smi_storm(*protected);
+    let count = |machine: &mut Machine| access_msrs(machine, 0, &[(SMI_COUNT, None)])[0].expect("SMI count");
+    let before = protected.then(|| tally::measured(machine).unwrap());
+    let raised = count(machine);
+    assert_eq!(ring0(machine, SCRATCH, &smis_by_port(storm)), Ring0::Ran(0));
+    let raised = count(machine) - raised;
+    if let Some(before) = before {
+        assert_eq!(raised, 0);
+        let told = tally::of(machine, "SMIs of the guest", |record| record["kind"] == "guest SMI").unwrap();
+        assert_eq!(told.counted, u64::from(storm));
+        measured_at_most(machine, before, told.records());
+        machine.check("cordon verify").unwrap();
+    } else {
+        assert_eq!(raised, u64::from(storm));
+    }
+    seen("guest: raise SMIs, and drown the log in them", *protected);
+}
+
 /// Reads the launch page through its neighbour a MiB above, with address line 20 masked: SKINIT sets VM_CR.DIS_A20M,
 /// which makes the CPU ignore the mask.
 fn a20(target: &mut Target) {
@@ -674,7 +723,7 @@ type Attack = fn(&mut Target);
 
 /// Runs all attacks, and says which did not come to what they should.
 fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
-    let attacks: [(&str, Attack); 14] = [
+    let attacks: [(&str, Attack); 15] = [
         ("memory", memory),
         ("tpm_locality", tpm_locality),
         ("iommu_registers", iommu_registers),
@@ -688,6 +737,7 @@ fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
         ("svm_instructions", svm_instructions),
         ("hypercalls_of_kernels", hypercalls_of_kernels),
         ("races", races),
+        ("smis", smis),
         ("dma", dma::devices),
     ];
     let mut failures = BTreeMap::new();

@@ -23,8 +23,9 @@ use tests::edu::{self, Guest};
 use tests::emulator::Emulator;
 use tests::qemu::Qemu;
 use tests::run_dir::RunDir;
-use tests::storm::{self, Storm, Tally};
+use tests::storm::{self, Storm};
 use tests::swtpm::Swtpm;
+use tests::tally::{self, Tally};
 use tests::{images, paths};
 use vmx::txt::regs;
 
@@ -280,7 +281,7 @@ fn an_attack_that_storms_vt_d_is_counted_and_told_in_part() {
     let exits = storm::work(&mut machine).unwrap();
     storm.end(&mut machine).unwrap();
     let stopped = storm::stopped(&log, memory::REGION).unwrap();
-    let [faults, overflows] = storm::tallies(&mut machine).unwrap();
+    let [faults, overflows] = tally::dma(&mut machine).unwrap();
     println!(
         "{stopped} accesses stopped, {} taken from the unit, {} records; {} overflows, {} records; {exits} exits",
         faults.counted,
