@@ -19,7 +19,7 @@ pub use record::{
     Access, Decision, Denied, Guid, Kind, NAME_MAX, Name, NoService, RECORD_MAX, Record, Region,
     SERVICE_NONE, TEXT_MAX, Text, Urgency, Variable,
 };
-pub use ring::{BATCH_DELAY_US, BATCH_RECORDS, Counters, DEFAULT_SIZE, ExposureLog, PENDING_SIZE};
+pub use ring::{BATCH_DELAY_US, BATCH_RECORDS, CALL_SMIS, Counters, DEFAULT_SIZE, ExposureLog, PENDING_SIZE};
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

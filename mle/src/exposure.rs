@@ -6,6 +6,8 @@
 //!
 //! A measurement is made in parts, and the guest takes its interrupts in between where an exit comes again by itself: ADR 0018.
 
+pub mod told;
+
 use core::mem::replace;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -113,7 +115,7 @@ pub fn relaunched(round: u64, cpu: u32, clock: &TscClock) -> Result<(), tpm::Err
     Ok(())
 }
 
-/// Whether one more record has room. Nothing that leaves one may begin without.
+/// Whether all records of a call have room. Nothing that leaves any may begin without.
 pub fn has_room() -> bool {
     LOG.lock().has_room()
 }

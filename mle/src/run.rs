@@ -12,7 +12,7 @@ use spin::Mutex;
 use crate::apic::{Command, ICR_HIGH, Xapic};
 use crate::backend::Vcpu;
 use crate::cpu::{self, Cpu};
-use crate::exposure::Settled;
+use crate::exposure::{Settled, told};
 use crate::guest::exits::{self, Next};
 use crate::guest::windows::{Collected, Registers, Windows};
 use crate::guest::{ends, ports as guarded};
@@ -55,16 +55,11 @@ struct Refusal {
     rip: u64,
 }
 
-/// All refusals counted, the last ones in full.
+/// The last refusals. [`told::GUEST_MEMORY`] counts all.
+static REFUSALS: Mutex<Refusals> = Mutex::new(Refusals { last: heapless::HistoryBuf::new() });
+
 struct Refusals {
-    total: u64,
     last: heapless::HistoryBuf<Refusal, 8>,
-}
-
-static REFUSALS: Mutex<Refusals> = Mutex::new(Refusals { total: 0, last: heapless::HistoryBuf::new() });
-
-fn refusals() -> spin::MutexGuard<'static, Refusals> {
-    REFUSALS.lock()
 }
 
 impl Refusal {
@@ -82,10 +77,8 @@ impl Refusal {
 }
 
 impl Refusals {
-    /// Counts a refusal. True for the first of its sort: a guest that goes on trying the same page is counted, and cannot
-    /// flood the exposure log.
-    fn record(&mut self, refusal: Refusal) -> bool {
-        self.total = self.total.saturating_add(1);
+    /// Takes note of a refusal. True if it is not like one of the last: a guest that goes on trying the same page is counted.
+    fn is_new(&mut self, refusal: Refusal) -> bool {
         let sort = |r: &Refusal| (r.gpa >> 12, r.access);
         let again = self.last.iter().any(|r| sort(r) == sort(&refusal));
         self.last.write(refusal);
@@ -95,10 +88,9 @@ impl Refusals {
 
 /// Writes how many accesses were refused, and the last ones.
 pub fn write_refusals(out: &mut impl Write) {
-    let refusals = refusals();
     // A full buffer ends the report early.
-    let _ = writeln!(out, "refused accesses: {}", refusals.total);
-    for r in refusals.last.oldest_ordered() {
+    let _ = writeln!(out, "refused accesses: {}", told::GUEST_MEMORY);
+    for r in REFUSALS.lock().last.oldest_ordered() {
         let _ = writeln!(out, "  cpu{} {:?} of {:#x} at rip {:#x}", r.cpu, r.access, r.gpa, r.rip);
     }
 }
@@ -170,8 +162,10 @@ pub fn guest(
             Next::Resume => {}
             Next::Refused { gpa, access } => {
                 let refusal = Refusal { cpu: index, gpa, access, rip: vcpu.rip() };
-                if refusals().record(refusal) {
-                    exposure::record(&refusal.on_record(local.id(), clock));
+                if REFUSALS.lock().is_new(refusal) {
+                    told::GUEST_MEMORY.record(refusal.on_record(local.id(), clock));
+                } else {
+                    told::GUEST_MEMORY.pass_over();
                 }
             }
             Next::Registers { of: Registers::Apic, .. } if smp::open(index, windows) => {}

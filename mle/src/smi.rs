@@ -4,12 +4,11 @@
 #![expect(unsafe_code, reason = "the hardware edge")]
 
 pub mod count;
-pub mod told;
 
 use core::fmt::{Display, Write};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use firmware::exposure::{Decision, Kind, Record, Text};
+use firmware::exposure::{CALL_SMIS, Decision, Kind, Record, Text};
 use firmware::sandbox::SMI_COMMAND;
 use firmware::service::Service;
 use firmware::smm::check::{GuardError, Guarded, Sums};
@@ -26,6 +25,7 @@ use spin::{Mutex, MutexGuard, Once};
 
 use crate::backend::{Vcpu, VcpuPage, Vendor};
 use crate::cpu::{Cpu, native_cpuid};
+use crate::exposure::told;
 use crate::guest::windows::Windows;
 use crate::metal::{Identity, Msrs, Ports, TscClock};
 use crate::pool::PagePool;
@@ -361,14 +361,14 @@ impl SmiGate {
                 record.decision = Decision::PASSED;
                 let took = exposure::now_us(clock).saturating_sub(since);
                 record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
-                if nth <= told::OF_CALL {
+                if nth <= CALL_SMIS as u64 {
                     exposure::record(&record);
                 }
                 Answer::Raised
             }
             communicate::Decision::Refuse(refusal) => {
                 record.decision = Decision::DENIED;
-                if told::REFUSED.record(record) {
+                if told::REFUSED_SMIS.record(record) {
                     warn!("SMI {command:#x} of {service:?} is refused: {refusal}");
                 }
                 // What is left pending would be served with the next SMI, whoever raises it.
@@ -392,7 +392,7 @@ impl SmiGate {
         core.withdraw(mem);
         let record = Record::new(Kind::REFUSED, cpu, exposure::now_us(clock));
         let record = Record { decision: Decision::DENIED, service: service as u8, ..record };
-        if told::REFUSED.record(about(&pending, record)) {
+        if told::REFUSED_SMIS.record(about(&pending, record)) {
             warn!("a request to SMM without an SMI, in {service:?}, is withdrawn");
         }
     }
@@ -421,13 +421,13 @@ pub fn of_guest((port, command): (u16, u8), id: u32, cpu: &mut Cpu, ports: &Port
         let took = exposure::now_us(clock).saturating_sub(since);
         record.duration_us = u32::try_from(took).unwrap_or(u32::MAX);
     }
-    told::OF_GUEST.record(record);
+    told::GUEST_SMIS.record(record);
 }
 
 /// An SMI that the guest sent to CPUs by its APIC, and that was dropped.
 pub fn ipi_dropped(id: u32, clock: &TscClock) {
     let record = Record::new(Kind::GUEST_SMI, id, exposure::now_us(clock));
-    told::OF_GUEST.record(Record {
+    told::GUEST_SMIS.record(Record {
         decision: Decision::DENIED,
         text: Some(Text::new("by the APIC")),
         ..record
@@ -443,7 +443,7 @@ pub fn arrived(index: usize, id: u32, took_us: u64, clock: &TscClock) {
     if !echo {
         look_for_damage(id, clock);
         let duration_us = u32::try_from(took_us).unwrap_or(u32::MAX);
-        told::UNASKED
+        told::UNASKED_SMIS
             .record(Record { duration_us, ..Record::new(Kind::SMI, id, now.saturating_sub(took_us)) });
     }
 }

@@ -162,6 +162,12 @@ impl Text {
         text
     }
 
+    /// Adds as much of `other` as there is room for, after a semicolon.
+    pub fn append(&mut self, other: &Self) {
+        self.0.push(b"; ");
+        self.0.push(other.as_bytes());
+    }
+
     /// Its bytes: ASCII, unless the log is not Cordon's.
     pub fn as_bytes(&self) -> &[u8] {
         self.0.get()
@@ -628,14 +634,11 @@ struct AccessTail {
     how: u8,
 }
 
+/// Bytes of the longest record of an SMI.
+pub(super) const SMI_RECORD_MAX: usize =
+    size_of::<Fixed>() + size_of::<VariableTail>() + NAME_MAX + 1 + TEXT_MAX;
+
 const _: () = assert!(
-    size_of::<Fixed>()
-        + size_of::<VariableTail>()
-        + NAME_MAX
-        + size_of::<DeniedTail>()
-        + size_of::<RegionTail>()
-        + size_of::<AccessTail>()
-        + 1
-        + TEXT_MAX
+    SMI_RECORD_MAX + size_of::<DeniedTail>() + size_of::<RegionTail>() + size_of::<AccessTail>()
         == RECORD_MAX
 );

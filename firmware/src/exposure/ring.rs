@@ -5,7 +5,7 @@ use tpm::log::{EV_EVENT_TAG, EV_NO_ACTION, EVENT_HEAD_MAX, event_head};
 use tpm::{Banks, Digests, Error, HashAlg, LogWriter, MAX_BANKS};
 use zerocopy::IntoBytes;
 
-use super::record::{RECORD_MAX, Record, Urgency};
+use super::record::{RECORD_MAX, Record, SMI_RECORD_MAX, Urgency};
 use super::{
     ANCHOR_SIGNATURE, AnchorData, BATCH_TAG, BatchHeader, Exposure, FLAG_LATE, PCR_REMARK, PENDING_SIGNATURE,
     VERSION,
@@ -17,7 +17,12 @@ pub const BATCH_RECORDS: u32 = 64;
 /// Longest time that a read's record waits, in microseconds.
 pub const BATCH_DELAY_US: u64 = 1_000_000;
 /// Bytes of records that wait. Many more than reads need: those of a TPM that is busy wait here too.
-pub const PENDING_SIZE: usize = 8192;
+pub const PENDING_SIZE: usize = 12 * 1024;
+
+/// Most SMIs of one call that are on record one by one: so many that are let through, and as many that are refused.
+pub const CALL_SMIS: usize = 16;
+/// What the records of a call take at most: its SMIs, its own, and that the sandbox died, was made anew, gave a strange result.
+const CALL_ROOM: usize = 2 * CALL_SMIS * SMI_RECORD_MAX + 4 * RECORD_MAX;
 
 /// Most batches that are dropped in one part of [`ExposureLog::make_room`]. Each takes a hash in every bank.
 const DROPPED_AT_ONCE: usize = 4;
@@ -176,10 +181,10 @@ impl<const N: usize> ExposureLog<N> {
         }
     }
 
-    /// Whether the next record will have room. Without it nothing should be done that leaves a record: a call is better
+    /// Whether all records of a call will have room. Without it nothing should be done that leaves a record: a call is better
     /// refused than lost.
     pub fn has_room(&self) -> bool {
-        PENDING_SIZE.saturating_sub(self.filled) >= RECORD_MAX
+        PENDING_SIZE.saturating_sub(self.filled) >= CALL_ROOM
     }
 
     /// Whether what is pending has to be measured now.

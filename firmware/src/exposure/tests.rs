@@ -8,7 +8,7 @@ use super::*;
 use crate::call::Status;
 use crate::service::Service;
 
-const SMALL: usize = 11 * 1024;
+const SMALL: usize = 15 * 1024;
 
 fn banks(algs: &[HashAlg]) -> Banks {
     algs.iter().map(|alg| Bank::computed(*alg).unwrap()).collect()
@@ -192,6 +192,30 @@ fn reads_are_due_by_number_or_by_time_and_all_else_at_once() {
 }
 
 #[test]
+fn where_there_is_room_all_records_of_a_call_have_it() {
+    let text = Some(Text::new("z".repeat(TEXT_MAX)));
+    let name = Name::new(&utf16(&"n".repeat(NAME_MAX)));
+    let variable = Some(Variable { guid: Guid::from_bytes([0; 16]), name });
+    let smi = Record { variable, text, ..Record::new(Kind::SMI, 0, 0) };
+    let died = Record { access: Some(Access { source: 0, address: 0, how: 0 }), ..smi };
+    let call = Record { denied: Some(Denied::default()), ..smi };
+    let fill = |count| {
+        let mut log = begun::<SMALL>();
+        for _ in 0..count {
+            log.record(&write(0));
+        }
+        log
+    };
+    // The fullest in which a call may begin.
+    let fullest = (0..).take_while(|count| fill(*count).has_room()).last().unwrap();
+    let mut log = fill(fullest);
+    for record in [smi; 2 * CALL_SMIS].iter().chain(&[died, call, call, smi]) {
+        log.record(record);
+    }
+    assert_eq!(log.counters().lost, 0);
+}
+
+#[test]
 fn a_busy_tpm_makes_batches_late_and_loses_records_by_number_only() {
     let mut log = begun::<SMALL>();
     let mut recorded = 0;
@@ -201,7 +225,7 @@ fn a_busy_tpm_makes_batches_late_and_loses_records_by_number_only() {
     }
     assert!(recorded > BATCH_RECORDS.into());
     let loud = Record { text: Some(Text::new("z".repeat(45))), ..write(0) };
-    for _ in 0..10 {
+    for _ in 0..100 {
         log.record(&loud);
         recorded += 1;
     }

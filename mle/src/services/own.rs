@@ -6,6 +6,7 @@ use firmware::call::{OwnVariable, OwnVariables};
 use firmware::sandbox::Sandbox;
 use heapless::String;
 
+use crate::exposure::told;
 use crate::guest::pci;
 use crate::relaunch::Took;
 use crate::{dma, exposure, run, smi};
@@ -54,7 +55,7 @@ impl OwnVariables for Own<'_> {
                 run::write_refusals(&mut text);
                 pci::write_dropped(&mut text);
                 dma::write_stopped(&mut text);
-                smi::told::write(&mut text);
+                told::write(&mut text);
                 smi::write_guarded(&mut text);
             }
             OwnVariable::Exits => run::write_counts(&mut text),

@@ -13,6 +13,7 @@ use zerocopy::IntoBytes;
 use super::{Call, Parts, Services};
 use crate::apic::Xapic;
 use crate::cpu::Cpu;
+use crate::exposure::told;
 use crate::guest::exits::TWO_BYTES;
 use crate::guest::ports::{finish_port, guarded_access, port_access};
 use crate::guest::{cpuid, ends, ports};
@@ -183,7 +184,7 @@ impl Services {
                             let text = Some(Text::new(format_args!("end of the machine by port {port:#x}")));
                             let record = Record::new(Kind::REFUSED, call.owner, exposure::now_us(&clock));
                             let (service, decision) = (call.service as u8, Decision::DENIED);
-                            exposure::record(&Record { text, service, decision, ..record });
+                            told::REFUSED_ENDS.record(Record { text, service, decision, ..record });
                         } else {
                             ports::write(&ports, port, size, value, |_, _| ());
                         }

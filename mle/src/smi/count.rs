@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 use firmware::exposure::{Kind, Record, Text};
 use spin::Mutex;
 
-use super::told;
+use crate::exposure::told;
 use crate::metal::TscClock;
 use crate::smp::MAX_CPUS;
 use crate::{exposure, smi};
@@ -48,7 +48,7 @@ pub fn see(index: usize, count: u32, id: impl FnOnce() -> u32, clock: &TscClock)
     }
     smi::owe_look();
     let text = Some(Text::new(format_args!("{more} by the CPU's count")));
-    told::UNASKED.record(Record { text, ..Record::new(Kind::SMI, id(), exposure::now_us(clock)) });
+    told::UNASKED_SMIS.record(Record { text, ..Record::new(Kind::SMI, id(), exposure::now_us(clock)) });
 }
 
 #[cfg(test)]

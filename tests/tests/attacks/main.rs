@@ -210,8 +210,8 @@ fn write(machine: &mut Machine, at: u64, value: u64) {
 fn refused(machine: &mut Machine) -> (u64, String) {
     let status = machine.check("tail -c +5 /sys/firmware/efi/efivars/Status-*").unwrap();
     let (_, report) = status.split_once("refused accesses: ").expect("a count");
-    let (count, last) = report.split_once('\n').unwrap_or((report, ""));
-    (count.trim().parse().unwrap(), last.to_owned())
+    let (count, last) = report.split_once(", ").expect("how many are on record");
+    (count.parse().unwrap(), last.to_owned())
 }
 
 /// Tries to reach what must not be reached: each access ends its process, and is in Cordon's record.
@@ -270,6 +270,9 @@ fn memory(target: &mut Target) {
         seen(&reach(what), true);
     }
     assert_eq!(machine.memory(places.mle, 32).unwrap(), image[..32]);
+    // All are counted, and some on record.
+    let told = tally::of(machine, "refused accesses", |record| record["kind"] == "denied memory").unwrap();
+    assert!(told.counted > 2 * told.records() as u64, "{told:?}");
     // The page after the launch page is the guest's.
     read(machine, places.launch_page + LAUNCH_PAGE_SIZE);
 }
