@@ -29,6 +29,7 @@ measure: build ## Print size and SHA-256 of what a launch measures
 #@   GUEST_CMD='...'  run this shell script as root in the guest instead, print its output and end with its
 #@                    status (make itself turns any status but 0 into 2, and names it; `bench run` does not)
 #@   MACHINE=amd|intel  QEMU with SVM and SKINIT, or Bochs with VMX and SENTER (amd); a boot of the latter takes minutes
+#@   CPU=arrandale|cannonlake  of MACHINE=intel: VMX as it was in 2010, or SHA instructions and newer VMX, for one CPU (arrandale; bench: both)
 #@   NATIVE=1         boot the same machine, kernel, RAM disk and command line without Cordon
 #@   MEM=2048  SMP=2  RAM in MiB, CPUs (1 with MACHINE=intel unless SMP says more: each takes the emulator's time from the others)
 #@   TPM=tis|crb      TPM interface (tis)

@@ -42,6 +42,8 @@ pub struct Entry<'a> {
     pub locality0: bool,
     /// Whether memory is kept for policy `relaunch`.
     pub relaunch: bool,
+    /// Whether the CPU hides that it has SENTER.
+    pub insist_txt: bool,
 }
 
 impl Entry<'_> {
@@ -60,6 +62,7 @@ impl Entry<'_> {
             (self.config, "cordon-config /cordon/cordon.conf\n"),
             (self.locality0, "cordon-locality0 allow\n"),
             (self.relaunch, "cordon-relaunch allow\n"),
+            (self.insist_txt, "cordon-txt insist\n"),
         ];
         text.extend(optional.iter().filter(|(wanted, _)| *wanted).map(|(_, line)| *line));
         text

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tests::machine::{Board, Boot, Console, Firmware, Machine, Spec, Tpm};
+use tests::machine::{Board, Boot, Console, Cpu, Firmware, Machine, Spec, Tpm};
 use tests::{attacks, calls, compare, denial, disks, images, rounds, senter, skinit};
 
 #[derive(Parser)]
@@ -58,6 +58,9 @@ struct Run {
     /// The board.
     #[arg(long, env = "MACHINE", value_enum, default_value_t = Board::Amd)]
     machine: Board,
+    /// The Intel machine's CPU; arrandale, and for `bench` one after the other.
+    #[arg(long, env = "CPU", value_enum)]
+    cpu: Option<Cpu>,
     /// RAM, MiB.
     #[arg(long, env = "MEM", default_value_t = 2048)]
     memory: u32,
@@ -138,6 +141,7 @@ impl Run {
         let fitting = Spec::on(self.machine);
         Spec {
             board: self.machine,
+            cpu: self.cpu.unwrap_or(fitting.cpu),
             boot: if self.native == 1 { Boot::Native } else { Boot::Cordon },
             memory: self.memory,
             cpus: self.cpus.unwrap_or(fitting.cpus),
@@ -191,6 +195,22 @@ impl Run {
     }
 }
 
+/// The figures of the machine, of each CPU that it can have.
+fn bench(Bench { runs, machine }: &Bench) -> Result<()> {
+    images::build_for(machine.machine)?;
+    let cpus = match machine.machine {
+        Board::Intel => machine.cpu.as_ref().map_or(Cpu::value_variants(), std::slice::from_ref),
+        Board::Amd => &[Cpu::Arrandale],
+    };
+    for &cpu in cpus {
+        if machine.machine == Board::Intel {
+            println!("CPU {}", cpu.model());
+        }
+        compare::compare(&Spec { cpu, console: Console::Log, ..machine.spec() }, *runs)?;
+    }
+    images::measure()
+}
+
 /// The machine of figures that are the AMD machine's alone: of `what`, `because` of what the other one lacks.
 fn of_amd_alone(run: &Run, what: &str, because: &str) -> Result<Spec> {
     run.machine.must_be_amd(what, because)?;
@@ -222,11 +242,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Action::Build => images::build().map(|()| ExitCode::SUCCESS),
         Action::Measure => images::measure().map(|()| ExitCode::SUCCESS),
-        Action::Bench(bench) => images::build_for(bench.machine.machine)
-            .and_then(|()| {
-                compare::compare(&Spec { console: Console::Log, ..bench.machine.spec() }, bench.runs)
-            })
-            .map(|()| ExitCode::SUCCESS),
+        Action::Bench(options) => bench(&options).map(|()| ExitCode::SUCCESS),
         Action::Dma(bench) => dma(&bench).map(|()| ExitCode::SUCCESS),
         Action::Calls(bench) => calls(&bench).map(|()| ExitCode::SUCCESS),
         Action::Rounds(run) => rounds(&run).map(|()| ExitCode::SUCCESS),

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use hv::failure::{self, Record, SenterError};
-use tests::machine::{Board, Boot, Machine, Spec};
+use tests::machine::{Board, Boot, Cpu, Machine, Spec};
 use tests::senter::{self, Fault, STALE_ERROR, layout as at, probe, vt_d};
 use tests::small_kernel::Course;
 use tests::stage::Stage;
@@ -86,7 +86,17 @@ fn the_loader_launches_the_mle_by_senter() {
 #[test]
 #[ignore = "takes five minutes"]
 fn linux_starts_after_senter() {
-    let spec = Spec { cpus: 1, ..cordon_spec() };
+    linux_starts(Cpu::Arrandale);
+}
+
+#[test]
+#[ignore = "takes three minutes"]
+fn linux_starts_after_senter_on_a_cpu_with_sha_instructions_and_large_pages() {
+    linux_starts(Cpu::Cannonlake);
+}
+
+fn linux_starts(cpu: Cpu) {
+    let spec = Spec { cpus: 1, cpu, ..cordon_spec() };
     let mut machine = start(&spec);
     let said =
         machine.check("nproc; cat /sys/class/tpm/tpm0/pcr-sha256/17 /sys/class/tpm/tpm0/pcr-sha256/18");

@@ -37,18 +37,19 @@ const MEMORY: u32 = 4096;
 /// Where the memory ends that the firmware finds.
 pub const LOW_END: u64 = 0xc000_0000;
 /// Instructions in an emulated second. The fewer, the shorter all that waits for time to pass.
-const SECOND: u32 = 10_000_000;
+pub const SECOND: u32 = 10_000_000;
 /// How long a request may take.
 const REQUEST_TIME: Duration = Duration::from_secs(60);
 /// How long the machine may go on after it was interrupted, before it is interrupted again.
 const INTERRUPT_TIME: Duration = Duration::from_secs(2);
 
-/// A machine's configuration. Arrandale has VMX with unrestricted guests, and SMX.
+/// A machine's configuration.
 fn configuration(spec: &Spec, console: &str, channel: &str) -> String {
     let Spec { memory, cpus, .. } = spec;
+    let model = spec.cpu.model();
     format!(
         "memory: guest={MEMORY}, host={memory}
-cpu: model=corei5_arrandale_m520, count={cpus}, ips={SECOND}, reset_on_triple_fault=0
+cpu: model={model}, count={cpus}, ips={SECOND}, reset_on_triple_fault=0
 romimage: file={FIRMWARE}
 vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
 display_library: sdl2

@@ -119,6 +119,8 @@ pub struct Part {
     pub memory: Memory,
     /// CPUs.
     pub cpus: u32,
+    /// Whether they show SMX. Where they do not, CR4.SMXE cannot be set either, and GETSEC is \#UD when no breakpoint stops it.
+    pub smx: bool,
     /// Whether what the firmware starts may execute GETSEC. A kernel that it starts itself does not, and has the bytes more often
     /// than there are breakpoints.
     pub launches: bool,
@@ -314,7 +316,7 @@ impl Player {
         self.crb.open(machine, 2, true)?;
         self.disarm(machine)?;
         let parameters = acm::Parameters {
-            cr4: CR4_SMXE,
+            cr4: if self.part.smx { CR4_SMXE } else { 0 },
             others: self.part.cpus - 1,
             start_page: (START_PAGE >> 12) as u8,
             entry: launch.entry as u32,
