@@ -1,10 +1,9 @@
 //! The guest's memory by virtual address: its own page tables, read as the CPU reads them.
 
-use core::cell::{Cell, RefCell};
+use core::cell::Cell;
 
 use firmware::call::GuestMem;
 use firmware::capsule::GuestRam;
-use heapless::HistoryBuf;
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::PhysMem;
 use hv::space::{AddressSpace, Kind};
@@ -18,20 +17,50 @@ const PRESENT: u64 = 1;
 const WRITE: u64 = 1 << 1;
 const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// How much of each sort a [`Tlb`] has.
+const KNOWN: usize = 4;
+/// Offset in a page.
+const OFFSET: u64 = PAGE_SIZE - 1;
+/// By how much an address is shifted for the index into a table of the last level; into one of 1 GiB pages.
+const LAST_SHIFT: u32 = 12;
+const LARGEST_SHIFT: u32 = 30;
 
-/// The memory of a guest that runs in 64-bit mode. Reaches the guest's RAM, and no more: table and data addresses are checked
-/// against the address space.
-pub struct GuestView<'a, M> {
-    control: Control,
-    space: &'a AddressSpace,
-    mem: &'a M,
+/// What is known of a guest's memory, so that not each argument is looked up from the root: arguments lie on few pages.
+///
+/// Translations are good as those in the CPU's own TLB are: until the guest runs on that CPU again. A guest that changes an entry
+/// has to make its other CPUs forget it, by an interrupt that each of them takes, and waits for that.
+#[derive(Default)]
+pub struct Tlb {
     /// By the low bits of the page's number.
-    known: [Cell<Option<Translated>>; 4],
-    /// Where tables and arguments were last, and so are next, most of the time.
-    ram: RefCell<HistoryBuf<PhysRange, 4>>,
+    pages: [Cell<Option<Translated>>; KNOWN],
+    /// Where tables and arguments were, and so are next, most of the time. Who has what memory does not change.
+    ram: [Cell<Option<PhysRange>>; KNOWN],
+    /// Whose place the next such region takes.
+    next: Cell<usize>,
 }
 
-/// A page's translation, as a CPU's TLB keeps it: arguments lie on few pages.
+impl Tlb {
+    /// Forgets all translations: the guest has run.
+    pub fn flush(&self) {
+        self.pages.iter().for_each(|page| page.set(None));
+    }
+
+    /// Whether all from `start` to `last` is known to be RAM.
+    fn has_ram(&self, start: u64, last: u64) -> bool {
+        let is_in = |ram: PhysRange| ram.start() <= start && last <= ram.last();
+        self.ram.iter().any(|ram| ram.get().is_some_and(is_in))
+    }
+
+    fn add_ram(&self, ram: PhysRange) {
+        let next = self.next.get();
+        if let Some(oldest) = self.ram.get(next) {
+            oldest.set(Some(ram));
+        }
+        self.next.set(next.wrapping_add(1) % KNOWN);
+    }
+}
+
+/// A page of the guest's RAM, by a virtual address.
 #[derive(Clone, Copy)]
 struct Translated {
     page: u64,
@@ -39,23 +68,26 @@ struct Translated {
     write: bool,
 }
 
+/// The memory of a guest that runs in 64-bit mode. Reaches the guest's RAM, and no more: table and data addresses are checked
+/// against the address space.
+pub struct GuestView<'a, M> {
+    control: Control,
+    space: &'a AddressSpace,
+    mem: &'a M,
+    tlb: &'a Tlb,
+}
+
 impl<'a, M: PhysMem> GuestView<'a, M> {
-    /// The memory that `space` gives to the guest whose registers, as far as translation depends on them, are `control`.
-    pub fn new(control: Control, space: &'a AddressSpace, mem: &'a M) -> Self {
-        Self { control, space, mem, known: Default::default(), ram: RefCell::new(HistoryBuf::new()) }
+    /// The memory that `space` gives to the guest whose registers, as far as translation depends on them, are `control`. `tlb` knows
+    /// of no other guest and no other space.
+    pub fn new(control: Control, space: &'a AddressSpace, mem: &'a M, tlb: &'a Tlb) -> Self {
+        Self { control, space, mem, tlb }
     }
 
-    /// The physical address of `va`, for a read or a write by the guest's kernel; `None` for what would fault.
+    /// The physical address of `va`, for a read or a write by the guest's kernel; `None` for what would fault, or is no RAM.
     fn translate(&self, va: u64, write: bool) -> Option<u64> {
-        const OFFSET: u64 = PAGE_SIZE - 1;
         let page = va & !OFFSET;
-        let [a, b, c, d] = &self.known;
-        let known = match va / PAGE_SIZE % 4 {
-            0 => a,
-            1 => b,
-            2 => c,
-            _ => d,
-        };
+        let known = self.tlb.pages.get((va / PAGE_SIZE) as usize % KNOWN)?;
         let found = match known.get() {
             Some(found) if found.page == page => found,
             _ => {
@@ -76,56 +108,52 @@ impl<'a, M: PhysMem> GuestView<'a, M> {
             return None;
         }
         let levels = if c.cr4 & CR4_LA57 != 0 { 5 } else { 4u32 };
-        let unused = 64u32.saturating_sub(levels.saturating_mul(9).saturating_add(12));
+        let mut shift = levels.wrapping_mul(9).wrapping_add(3);
+        let unused = 55u32.wrapping_sub(shift);
         let canonical = (page << unused) as i64 >> unused;
         if canonical as u64 != page {
             return None;
         }
         let mut table = c.cr3 & ADDRESS;
         let mut write = true;
-        for level in (1..=levels).rev() {
-            let shift = level.saturating_mul(9).saturating_add(3);
-            let index = page.wrapping_shr(shift) & 511;
-            let at = table.wrapping_add(index.wrapping_mul(8));
-            let entry = self.is_ram(at, 8).then(|| self.mem.read64(at))??;
+        loop {
+            let at = table | page.wrapping_shr(shift) << 3 & OFFSET;
+            let entry = self.is_ram(table, table | OFFSET).then(|| self.mem.read64(at))??;
             if entry & PRESENT == 0 {
                 return None;
             }
             write &= entry & WRITE != 0;
-            if level == 1 || (level <= 3 && entry & LARGE != 0) {
-                let offset = 1u64.wrapping_shl(shift).wrapping_sub(1);
-                return Some(Translated { page, to: (entry & ADDRESS & !offset) | (page & offset), write });
+            let to = entry & ADDRESS;
+            if shift == LAST_SHIFT || (shift <= LARGEST_SHIFT && entry & LARGE != 0) {
+                let within = 1u64.wrapping_shl(shift).wrapping_sub(1);
+                let to = to & !within | page & within;
+                return self.is_ram(to, to | OFFSET).then_some(Translated { page, to, write });
             }
-            table = entry & ADDRESS;
+            table = to;
+            shift = shift.wrapping_sub(9);
         }
-        None
     }
 
-    /// Whether there is the guest's RAM at `at`. Not any memory that it has: it finds copies, or views of its own, in the place of
-    /// some registers (configuration space, the local APIC), and the MLE would reach what these keep from it.
-    fn is_ram(&self, at: u64, len: usize) -> bool {
-        let Some(range) = PhysRange::new(at, len as u64) else { return false };
-        let mut known = self.ram.borrow_mut();
-        if known.iter().any(|ram| ram.contains(&range)) {
+    /// Whether all from `start` to `last` is the guest's RAM. Not any memory that it has: it finds copies, or views of its own, in
+    /// the place of some registers (configuration space, the local APIC), and the MLE would reach what these keep from it.
+    fn is_ram(&self, start: u64, last: u64) -> bool {
+        if self.tlb.has_ram(start, last) {
             return true;
         }
-        match self.space.find(at) {
-            Some(region) if region.kind == Kind::Ram && region.range.contains(&range) => {
-                known.write(region.range);
+        match self.space.find(start) {
+            Some(region) if region.kind == Kind::Ram && last <= region.range.last() => {
+                self.tlb.add_ram(region.range);
                 true
             }
             _ => false,
         }
     }
-
-    fn read_phys(&self, at: u64, out: &mut [u8]) -> bool {
-        self.is_ram(at, out.len()) && self.mem.read(at, out)
-    }
 }
 
 impl<M: PhysMem> GuestRam for GuestView<'_, M> {
     fn read_ram(&self, gpa: u64, out: &mut [u8]) -> bool {
-        self.read_phys(gpa, out)
+        let range = PhysRange::new(gpa, out.len() as u64);
+        range.is_some_and(|range| self.is_ram(range.start(), range.last())) && self.mem.read(gpa, out)
     }
 }
 
@@ -141,7 +169,7 @@ impl<M: PhysMem> GuestMem for GuestView<'_, M> {
         let mut rest = out;
         while !rest.is_empty() {
             let (now, later) = rest.split_at_mut(in_page(va, rest.len()));
-            if !self.translate(va, false).is_some_and(|at| self.read_phys(at, now)) {
+            if !self.translate(va, false).is_some_and(|at| self.mem.read(at, now)) {
                 return false;
             }
             va = va.wrapping_add(now.len() as u64);
@@ -154,8 +182,7 @@ impl<M: PhysMem> GuestMem for GuestView<'_, M> {
         let mut rest = data;
         while !rest.is_empty() {
             let (now, later) = rest.split_at(in_page(va, rest.len()));
-            let Some(at) = self.translate(va, true) else { return false };
-            if !self.is_ram(at, now.len()) || !self.mem.write(at, now) {
+            if !self.translate(va, true).is_some_and(|at| self.mem.write(at, now)) {
                 return false;
             }
             va = va.wrapping_add(now.len() as u64);
@@ -192,9 +219,11 @@ mod tests {
         (ram, space)
     }
 
+    const CONTROL: Control = Control { cr0: 0x8000_0031, cr3: 0x1000, cr4: 0x20, efer: 0x500 };
+
+    /// A view that knows nothing yet.
     fn view<'a>(ram: &'a Ram, space: &'a AddressSpace) -> GuestView<'a, Ram> {
-        let control = Control { cr0: 0x8000_0031, cr3: 0x1000, cr4: 0x20, efer: 0x500 };
-        GuestView::new(control, space, ram)
+        GuestView::new(CONTROL, space, ram, Box::leak(Box::default()))
     }
 
     #[test]
@@ -230,10 +259,44 @@ mod tests {
     }
 
     #[test]
+    fn a_translation_is_forgotten_when_the_guest_has_run() {
+        let (ram, space) = bench();
+        let tlb = Tlb::default();
+        let read = |va| {
+            let mut byte = [0xff];
+            GuestView::new(CONTROL, &space, &ram, &tlb).read(va, &mut byte).then_some(byte)
+        };
+        assert_eq!((read(0x40_0000), read(0x40_1000)), (Some([0]), Some([0])));
+        ram.set(0x4000, 0x1_2003);
+        ram.set(0x4008, 0);
+        ram.write(0x1_2000, &[5]);
+        assert_eq!((read(0x40_0000), read(0x40_1000)), (Some([0]), Some([0])), "as the CPU's own TLB has it");
+        tlb.flush();
+        assert_eq!((read(0x40_0000), read(0x40_1000)), (Some([5]), None));
+    }
+
+    #[test]
+    fn tables_and_arguments_may_be_in_any_part_of_the_ram() {
+        let (ram, mut space) = bench();
+        for hole in [0x1_1000, 0x2_0000] {
+            space.assign(PhysRange::new(hole, 0x1000).unwrap(), Kind::SharedMmio).unwrap();
+        }
+        ram.set(0x4018, 0x3_0003);
+        let v = view(&ram, &space);
+        for _ in 0..2 {
+            assert!(
+                v.read(0x40_0000, &mut [0]) && v.read(0x40_3000, &mut [0]) && !v.read(0x40_1000, &mut [0])
+            );
+            assert!(v.read_ram(0x1_2000, &mut [0; 0x2000]) && !v.read_ram(0x1_0fff, &mut [0; 2]));
+            assert!(!v.read_ram(u64::MAX, &mut [0; 2]));
+            v.tlb.flush();
+        }
+    }
+
+    #[test]
     fn the_guests_tables_lead_to_no_page_of_the_mle() {
         let (ram, space) = bench();
         let v = view(&ram, &space);
-        assert!(v.translate(0x40_2000, false).is_some(), "the table says so");
         assert!(!v.read(0x40_2000, &mut [0]) && !v.write(0x40_2000, &[0]));
         ram.set(0x2000, MLE | 3);
         assert!(!view(&ram, &space).read(0x40_0000, &mut [0]), "nor is a table read there");

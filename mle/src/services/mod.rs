@@ -39,7 +39,7 @@ use crate::apic::Xapic;
 use crate::backend::{PortMap, Vcpu};
 use crate::cpu::{Cpu, FpuArea};
 use crate::exposure::{self, Settled};
-use crate::guest::walk::GuestView;
+use crate::guest::walk::{GuestView, Tlb};
 use crate::metal::{Identity, PhysWindow, Ports, TscClock};
 use crate::paging;
 use crate::relaunch::Took;
@@ -141,6 +141,7 @@ impl Parts {
 pub struct Services {
     parts: Parts,
     root: u64,
+    tlb: Tlb,
     under_way: Option<(Call, Phase)>,
 }
 
@@ -220,7 +221,7 @@ pub fn own_tables<P: TablePool>(
 
 /// Opens the services. `root` is that of the sandbox's own tables.
 pub fn open(parts: Parts, root: u64) {
-    SERVICES.call_once(|| Mutex::new(Services { parts, root, under_way: None }));
+    SERVICES.call_once(|| Mutex::new(Services { parts, root, tlb: Tlb::default(), under_way: None }));
 }
 
 /// Takes a hypercall of the guest that was called from one of its thunks.
@@ -257,6 +258,7 @@ pub fn end_of_guest(cpu: &mut Cpu, local: &Xapic<PhysWindow>, ports: Ports) {
 
 impl Services {
     fn call(&mut self, cpu: &mut Cpu, vcpu: &mut Vcpu<'_>, local: &Xapic<PhysWindow>, ports: Ports) -> Next {
+        self.tlb.flush();
         let apic_id = local.id();
         let Some(target) = self.called(vcpu) else {
             // Not one of ours: to software that is not on the thunk page there is no hypervisor to call.
@@ -397,7 +399,7 @@ impl Services {
             rax = self.overlaid(pending, Some(rax)).unwrap_or(rax);
         }
         let parts = &mut self.parts;
-        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
+        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem, &self.tlb);
         let strange = |anomaly: &dyn fmt::Display| {
             warn!("{anomaly} from {:?}", call.service);
             Some(Text::new(anomaly))
@@ -529,7 +531,7 @@ impl Services {
         let g = vcpu.gprs();
         let [r8, r9, ..] = g.r8_to_15;
         let args = Args { rcx: g.rcx, rdx: g.rdx, r8, r9, rsp: g.rsp };
-        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
+        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem, &self.tlb);
         let log = parts.log.get(..parts.log_used).unwrap_or_default();
         let (status, sandbox, relaunched) = (&parts.status, &parts.state, parts.relaunched);
         let own = Own { log, status, sandbox, relaunched };
@@ -551,7 +553,7 @@ impl Services {
         };
         let call = Call { variable, place, ..self.new_call(target, apic_id) };
         let parts = &mut self.parts;
-        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
+        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem, &self.tlb);
         let phase = match begun {
             // The MLE's own answers are no exposure.
             Begin::Done(Answer { status, decision: Decision::OWN }) => {
@@ -620,7 +622,7 @@ impl Services {
             Begin::Run(pending) => match self.overlaid(&pending, None) {
                 Some(rax) => {
                     let parts = &mut self.parts;
-                    let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem);
+                    let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem, &self.tlb);
                     // Firmware had no part in it: no exposure.
                     finish(vcpu, parts.gate.end(pending, rax, &view, parts.buffer).status);
                     return None;
