@@ -24,6 +24,9 @@ const RTC_CENTURY: u8 = 0x32;
 /// Data port of the real-time clock.
 pub const RTC_DATA: u16 = 0x71;
 
+/// Of so many accesses of [`RTC_INDEX`] one is judged like any other exit, by the time it is then, too.
+const JUDGED_SHORTLY: u32 = 64;
+
 /// Whether a register is the clock's. CMOS memory is not: others keep their settings there.
 pub const fn is_clock(index: u8) -> bool {
     index <= RTC_LAST || index == RTC_CENTURY
@@ -224,6 +227,15 @@ pub enum Verdict {
     Stop(Reason),
 }
 
+/// What firmware may do with [`RTC_INDEX`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RtcIndex {
+    /// Read it.
+    Read,
+    /// Select this register, see [`Verdict::SelectRtc`].
+    Select(u8),
+}
+
 /// What the sandbox did so far, for the status report. Counts saturate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -337,6 +349,25 @@ impl Sandbox {
     /// Exits of the call that runs, or ran last.
     pub fn exits(&self) -> u32 {
         self.exits
+    }
+
+    /// Decides about a byte access of [`RTC_INDEX`] as [`Self::exit`] would, in fewer instructions: reading the clock takes
+    /// twenty of them. `al` as there. `None`: this one is an exit like any other.
+    pub fn rtc_index(&mut self, input: bool, al: u8) -> Option<RtcIndex> {
+        let exits = self.exits.saturating_add(1);
+        let shortly = matches!((self.state, self.place), (State::Running { .. }, Place::Sandbox))
+            && !exits.is_multiple_of(JUDGED_SHORTLY)
+            && exits <= self.config.budget_exits;
+        if !shortly {
+            return None;
+        }
+        self.exits = exits;
+        bump(&mut self.counters.exits);
+        if input {
+            return Some(RtcIndex::Read);
+        }
+        self.rtc_index = al & !NMI_MASK;
+        Some(RtcIndex::Select(self.rtc_index))
     }
 
     /// Decides about an exit of the running call. `at_return`: RIP is at the hypercall that the call was
@@ -501,6 +532,48 @@ mod tests {
         assert_eq!(s.exit(&Exit::Hypercall, true, 0, 500_000), Verdict::Return);
         s.start(600_000, Place::Sandbox).unwrap();
         assert_eq!(s.exit(&Exit::Interrupt, false, 0, 650_000), Verdict::Resume);
+    }
+
+    #[test]
+    fn the_short_way_to_the_clock_decides_as_the_long_one() {
+        let (mut short, mut long) = (running(), running());
+        for n in 1..=1000_u32 {
+            let (input, al) = (n % 2 == 0, (n % 251) as u8);
+            let verdict = long.exit(&port(RTC_INDEX, 1, input), false, al, 1_000);
+            match short.rtc_index(input, al) {
+                Some(RtcIndex::Read) => assert_eq!(verdict, Verdict::PassPort),
+                Some(RtcIndex::Select(index)) => assert_eq!(verdict, Verdict::SelectRtc { index }),
+                None => {
+                    assert_eq!(n % JUDGED_SHORTLY, 0);
+                    assert_eq!(short.exit(&port(RTC_INDEX, 1, input), false, al, 1_000), verdict);
+                }
+            }
+            assert_eq!((short.exits(), short.counters()), (long.exits(), long.counters()));
+            assert_eq!(short.rtc_index, long.rtc_index);
+        }
+    }
+
+    #[test]
+    fn nothing_ends_later_by_the_short_way_to_the_clock() {
+        let ends = |s: &mut Sandbox, now_us| {
+            (1..=JUDGED_SHORTLY).find_map(|_| match s.rtc_index(true, 0) {
+                Some(_) => None,
+                None => Some(s.exit(&port(RTC_INDEX, 1, true), false, 0, now_us)),
+            })
+        };
+        let late = Reason::Budget { used_us: 100_001, limit_us: 100_000 };
+        let mut s = running();
+        assert_eq!(ends(&mut s, 101_001), Some(Verdict::Stop(late)));
+        assert_eq!(s.rtc_index(false, 0), None, "it is dead");
+        let mut s = running();
+        s.exits = s.config.budget_exits;
+        let limit = s.config.budget_exits;
+        assert_eq!(ends(&mut s, 1_000), Some(Verdict::Stop(Reason::Exits { limit })));
+        // What is not the sandbox's way is judged by whose it is.
+        let mut s = Sandbox::new(&Config::default(), Ports::default());
+        assert_eq!(s.rtc_index(true, 0), None, "no call runs");
+        s.start(0, Place::Native).unwrap();
+        assert_eq!(s.rtc_index(true, 0), None);
     }
 
     #[test]

@@ -126,7 +126,10 @@ pub struct Runner {
 impl Parts {
     /// The virtual CPU that a call runs on. Where there is none for a native call it gets the lesser rights.
     fn runner(&mut self, place: Place) -> &mut Runner {
-        self.native.as_mut().filter(|_| place == Place::Native).unwrap_or(&mut self.vcpu)
+        match (&mut self.native, place) {
+            (Some(native), Place::Native) => native,
+            _ => &mut self.vcpu,
+        }
     }
 
     /// Nested tables have changed.

@@ -2,7 +2,7 @@
 
 use firmware::call::{CALL_BUFFER_SIZE, CallBuffer, FirmwareCall, Pieces};
 use firmware::exposure::{Decision, Kind, Record, Text};
-use firmware::sandbox::{NotReady, RTC_DATA, RTC_INDEX, Reason, State, Verdict, is_clock};
+use firmware::sandbox::{NotReady, RTC_DATA, RTC_INDEX, Reason, RtcIndex, State, Verdict, is_clock};
 use firmware::service::Target;
 use hv::addr::PhysRange;
 use hv::io::{Clock, PhysMem, PortIo};
@@ -12,6 +12,7 @@ use zerocopy::IntoBytes;
 
 use super::{Call, Parts, Services};
 use crate::apic::Xapic;
+use crate::backend::PortMap;
 use crate::cpu::Cpu;
 use crate::exposure::told;
 use crate::guest::exits::TWO_BYTES;
@@ -31,12 +32,28 @@ impl Parts {
         }
     }
 
-    /// Selects a register for firmware. Accesses of the clock's own do not exit from then on, until the guest runs: each is one exit
-    /// less of the many that reading the time takes.
-    fn select_rtc(&mut self, ports: &Ports, index: u8) {
-        ports.out8(RTC_INDEX, index);
-        if is_clock(index) { self.ports.allow(RTC_DATA) } else { self.ports.intercept(RTC_DATA) }
+    /// Does the access if it is one that [`Sandbox::rtc_index`](firmware::sandbox::Sandbox::rtc_index) decides about; false if not.
+    fn rtc_index(&mut self, exit: &Exit, ports: &Ports) -> bool {
+        let Exit::Port { port: RTC_INDEX, size: 1, input, string: false, next_rip } = *exit else {
+            return false;
+        };
+        let vcpu: &mut dyn hv::vcpu::Vcpu = &mut *self.vcpu.vcpu;
+        let rax = &mut vcpu.gprs_mut().rax;
+        match self.state.rtc_index(input, *rax as u8) {
+            None => return false,
+            Some(RtcIndex::Read) => *rax = *rax & !0xff | u64::from(ports.in8(RTC_INDEX)),
+            Some(RtcIndex::Select(index)) => select_rtc(self.ports, ports, index),
+        }
+        vcpu.skip_to(next_rip);
+        true
     }
+}
+
+/// Selects a register for firmware. Accesses of the clock's own do not exit from then on, until the guest runs: each is one exit
+/// less of the many that reading the time takes.
+fn select_rtc(map: &mut PortMap, ports: &Ports, index: u8) {
+    ports.out8(RTC_INDEX, index);
+    if is_clock(index) { map.allow(RTC_DATA) } else { map.intercept(RTC_DATA) }
 }
 
 impl Services {
@@ -137,6 +154,9 @@ impl Services {
         parts.ports.intercept(RTC_DATA);
         loop {
             let exit = cpu.run_sandbox(&mut parts.runner(call.place).vcpu, interruptible);
+            if parts.rtc_index(&exit, &ports) {
+                continue;
+            }
             let at_return =
                 matches!(exit, Exit::Memory { gpa, access: Access::Fetch, .. } if gpa == parts.return_to);
             let answered = match exit {
@@ -191,11 +211,11 @@ impl Services {
                     });
                 }
                 Verdict::SelectRtc { index } => {
-                    parts.select_rtc(&ports, index);
+                    select_rtc(parts.ports, &ports, index);
                     finish_port(&mut parts.runner(call.place).vcpu, exit);
                 }
                 Verdict::RtcData { index } => {
-                    parts.select_rtc(&ports, index);
+                    select_rtc(parts.ports, &ports, index);
                     port_access(&mut parts.runner(call.place).vcpu, exit, Some(ports));
                 }
                 Verdict::DenyPort => port_access(&mut parts.runner(call.place).vcpu, exit, None),
