@@ -195,8 +195,11 @@ impl Target {
 
     /// The one whose thunk sets EAX to `eax`; `None` for any other hypercall.
     pub fn from_hypercall(eax: u32) -> Option<Self> {
-        let index = eax.checked_sub(HYPERCALL_BASE)?;
-        Self::all().nth(usize::try_from(index).ok()?)
+        let index = usize::try_from(eax.checked_sub(HYPERCALL_BASE)?).ok()?;
+        match Service::TABLE.get(index) {
+            Some(service) => Some(Self::Service(*service)),
+            None => (index < TARGETS).then_some(Self::Handler(index.wrapping_sub(TABLE_COUNT) as u8)),
+        }
     }
 }
 

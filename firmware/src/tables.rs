@@ -406,9 +406,9 @@ pub const fn thunk_address(thunks: u64, target: Target) -> u64 {
 
 const _: () = assert!(TARGETS.saturating_mul(THUNK_STRIDE) <= PAGE_SIZE as usize);
 
-/// The one whose thunk holds a hypercall instruction at page offset `offset`; `None` elsewhere.
-pub fn target_at(offset: u64) -> Option<Target> {
-    Target::all().find(|t| thunk_address(0, *t).wrapping_add(THUNK_HYPERCALL_AT) == offset)
+/// Address of a thunk's hypercall instruction.
+pub const fn hypercall_address(thunks: u64, target: Target) -> u64 {
+    thunk_address(thunks, target).wrapping_add(THUNK_HYPERCALL_AT)
 }
 
 /// The page of thunks: per service and per handler of the PRMT, at 16 bytes each, `endbr64; mov eax, number; vmmcall; ret`.

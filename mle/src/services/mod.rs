@@ -21,7 +21,7 @@ use firmware::exposure::{self as log_format, Decision, Denied, Kind, Name, Recor
 use firmware::prm::{self, Handlers};
 use firmware::sandbox::{Counters, Place, Reason, Sandbox};
 use firmware::service::{Service, TABLE_COUNT, Target};
-use firmware::tables::{HYPERCALL_LENGTH, target_at};
+use firmware::tables::{HYPERCALL_LENGTH, hypercall_address};
 use heapless::{String, Vec};
 use hv::addr::{PAGE_SIZE, PhysRange};
 use hv::io::Clock;
@@ -518,8 +518,8 @@ impl Services {
     fn called(&self, vcpu: &Vcpu<'_>) -> Option<Target> {
         let target = Target::from_hypercall(vcpu.gprs().rax as u32)?;
         // The page may be mapped at any address; its offset stays.
-        let at = target_at(vcpu.rip() & (PAGE_SIZE - 1))?;
-        (vcpu.cpl() == 0 && vcpu.code().1 && at == target).then_some(target)
+        let in_place = vcpu.rip() & (PAGE_SIZE - 1) == hypercall_address(0, target);
+        (in_place && vcpu.cpl() == 0 && vcpu.code().1).then_some(target)
     }
 
     /// Decodes a new call. `None` when the guest has its answer already.

@@ -435,7 +435,7 @@ fn cpuid(target: &mut Target) {
 
 /// Page offset of a service's hypercall in Cordon's thunk page.
 fn hypercall_at(called: Called) -> usize {
-    (0..4096).find(|&at| ::firmware::tables::target_at(at as u64) == Some(called)).expect("a thunk")
+    ::firmware::tables::hypercall_address(0, called) as usize
 }
 
 /// A slot's code with a hypercall at the place of `called` behind it, which leaves the number of an error.
