@@ -146,10 +146,13 @@ pub struct Services {
     root: u64,
     tlb: Tlb,
     under_way: Option<(Call, Phase)>,
+    /// Of the call that is under way, or was last.
+    told: Told,
 }
 
 /// A call whose status the guest does not know yet. The guest is at the hypercall instruction, and each time it runs into
 /// it the call goes on.
+#[derive(Clone, Copy)]
 struct Call {
     target: Target,
     /// The service whose policy it is under.
@@ -158,11 +161,16 @@ struct Call {
     owner: u32,
     /// When it began, since the MLE's start.
     since_us: u64,
-    /// What the sandbox had done before.
-    before: Counters,
     /// Where firmware runs.
     place: Place,
-    /// The variable that it is about, by the MLE's own copy of the arguments.
+}
+
+/// What only the records of a call need: it is too long to be moved about with the call.
+#[derive(Default)]
+struct Told {
+    /// What the sandbox had done before.
+    before: Counters,
+    /// The variable that the call is about, by the MLE's own copy of the arguments.
     variable: Option<Variable>,
 }
 
@@ -224,7 +232,9 @@ pub fn own_tables<P: TablePool>(
 
 /// Opens the services. `root` is that of the sandbox's own tables.
 pub fn open(parts: Parts, root: u64) {
-    SERVICES.call_once(|| Mutex::new(Services { parts, root, tlb: Tlb::default(), under_way: None }));
+    SERVICES.call_once(|| {
+        Mutex::new(Services { parts, root, tlb: Tlb::default(), under_way: None, told: Told::default() })
+    });
 }
 
 /// Takes a hypercall of the guest that was called from one of its thunks.
@@ -467,7 +477,7 @@ impl Services {
 
     /// What is on record of a call so far.
     fn record_of(&self, call: &Call, decision: Decision, status: u64) -> Record {
-        let (now, before) = (self.parts.state.counters(), &call.before);
+        let (now, before) = (self.parts.state.counters(), &self.told.before);
         let grown = |now: u64, before: u64| now.saturating_sub(before);
         let small = |n: u64| u16::try_from(n).unwrap_or(u16::MAX);
         let (ports, msrs) =
@@ -485,7 +495,7 @@ impl Services {
             duration_us: long(exposure::now_us(&self.parts.clock).saturating_sub(call.since_us)),
             exits: long(grown(now.exits, before.exits)),
             smis: long(grown(now.smis, before.smis)),
-            variable: call.variable,
+            variable: self.told.variable,
             denied: (ports != 0 || msrs != 0).then_some(denied),
             ..Record::call(call.service, decision, call.owner, call.since_us)
         }
@@ -530,6 +540,7 @@ impl Services {
             finish(vcpu, Status::NOT_READY);
             return None;
         }
+        let mut call = self.new_call(target, apic_id);
         let parts = &mut self.parts;
         let g = vcpu.gprs();
         let [r8, r9, ..] = g.r8_to_15;
@@ -545,18 +556,14 @@ impl Services {
                 None => Begin::Done(Answer { status: Status::NOT_FOUND, decision: Decision::OWN }),
             },
         };
-        let variable = parts.buffer.variable(service).map(|(guid, name)| Variable {
+        self.told.variable = parts.buffer.variable(service).map(|(guid, name)| Variable {
             guid: firmware::call::Guid::from_bytes(*guid),
             name: Name::new(name),
         });
-        let place = match begun {
-            // Firmware is asked and does not write.
-            Begin::Defer(_) => Place::Sandbox,
-            _ => parts.gate.place(service, parts.buffer),
-        };
-        let call = Call { variable, place, ..self.new_call(target, apic_id) };
-        let parts = &mut self.parts;
-        let view = GuestView::new(vcpu.control(), &parts.space, &parts.mem, &self.tlb);
+        // A write that waits does not get to firmware: it is asked.
+        if !matches!(begun, Begin::Defer(_)) {
+            call.place = parts.gate.place(service, parts.buffer);
+        }
         let phase = match begun {
             // The MLE's own answers are no exposure.
             Begin::Done(Answer { status, decision: Decision::OWN }) => {
@@ -641,17 +648,10 @@ impl Services {
     }
 
     /// A call that begins now.
-    fn new_call(&self, target: Target, owner: u32) -> Call {
+    fn new_call(&mut self, target: Target, owner: u32) -> Call {
+        self.told = Told { before: *self.parts.state.counters(), variable: None };
         let since_us = exposure::now_us(&self.parts.clock);
-        Call {
-            target,
-            service: target.service(),
-            owner,
-            since_us,
-            before: *self.parts.state.counters(),
-            variable: None,
-            place: Place::Sandbox,
-        }
+        Call { target, service: target.service(), owner, since_us, place: Place::Sandbox }
     }
 
     /// What the guest wants firmware to have cannot be given to it.

@@ -232,7 +232,7 @@ impl Services {
                         ports.out8(port, command);
                         cpu.let_pending_in();
                     };
-                    let nth = parts.state.counters().smis.saturating_sub(call.before.smis);
+                    let nth = parts.state.counters().smis.saturating_sub(self.told.before.smis);
                     let answer = parts.smi.of_sandbox(
                         (command, nth),
                         &parts.mem,
