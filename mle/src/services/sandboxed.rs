@@ -281,7 +281,7 @@ pub(super) fn copy_buffer(
     pieces: Pieces,
     direction: Direction,
 ) {
-    for piece in pieces {
+    for piece in pieces.into_iter().filter(|piece| !piece.is_empty()) {
         let at = buffer_at(area).wrapping_add(piece.start as u64);
         match direction {
             Direction::ToSandbox => mem.write(at, own.as_bytes().get(piece).unwrap_or_default()),
