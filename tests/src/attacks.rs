@@ -10,6 +10,7 @@ use crate::paths;
 
 const BLOCKED: &str = "blocked under Cordon: ";
 const LIVE: &str = "live without Cordon: ";
+const RECORDED: &str = "on record under Cordon: ";
 /// Set in the environment of tests that run with all that take long.
 const ALL: &str = "CORDON_ALL_ATTACKS";
 
@@ -17,6 +18,11 @@ const ALL: &str = "CORDON_ALL_ATTACKS";
 /// Call it when the test has seen that.
 pub fn seen(attack: &str, protected: bool) {
     println!("{}{attack}", if protected { BLOCKED } else { LIVE });
+}
+
+/// Says that what Cordon tells of itself, exposure log or `Status`, has the blocked `attack`.
+pub fn recorded(attack: &str) {
+    println!("{RECORDED}{attack}");
 }
 
 /// [`seen`] for an attack whose other half takes long: said only where such tests run too.
@@ -32,23 +38,30 @@ struct Board {
     rows: Vec<Row>,
 }
 
+#[derive(Default)]
 struct Row {
     attack: String,
     blocked: bool,
+    recorded: bool,
     live: bool,
 }
 
 impl Board {
     /// Takes note of a line of a test's output, if it speaks of an attack. The harness may have written something before it.
     fn note(&mut self, line: &str) {
-        for (mark, blocked) in [(BLOCKED, true), (LIVE, false)] {
+        for mark in [BLOCKED, RECORDED, LIVE] {
             let Some((_, attack)) = line.split_once(mark) else { continue };
             let at = self.rows.iter().position(|row| row.attack == attack).unwrap_or_else(|| {
-                self.rows.push(Row { attack: attack.to_owned(), blocked: false, live: false });
+                self.rows.push(Row { attack: attack.to_owned(), ..Row::default() });
                 self.rows.len() - 1
             });
-            self.rows[at].blocked |= blocked;
-            self.rows[at].live |= !blocked;
+            let row = &mut self.rows[at];
+            let seen = match mark {
+                BLOCKED => &mut row.blocked,
+                RECORDED => &mut row.recorded,
+                _ => &mut row.live,
+            };
+            *seen = true;
         }
     }
 
@@ -73,15 +86,17 @@ impl Board {
     /// One row for each attack; those of one attacker, which is what stands before the colon, follow each other.
     fn table(&self) -> String {
         let width = self.rows.iter().map(|row| row.attack.len()).fold("attack".len(), usize::max);
-        let mut text = format!("{:<width$}  with Cordon  without\n", "attack");
+        let mut text = format!("{:<width$}  with Cordon  on record  without\n", "attack");
         let mut rows: Vec<_> = self.rows.iter().collect();
         rows.sort_by_key(|row| row.attack.split(':').next());
-        for Row { attack, blocked, live } in rows {
+        for Row { attack, blocked, recorded, live } in rows {
             let with = if *blocked { "blocked" } else { "NOT SEEN" };
+            let on_record = if *recorded { "yes" } else { "" };
             let without = if *live { "live" } else { "no control" };
-            text.push_str(&format!("{attack:<width$}  {with:<11}  {without}\n"));
+            text.push_str(&format!("{attack:<width$}  {with:<11}  {on_record:<9}  {without}\n"));
         }
         let count = |is: fn(&Row) -> bool| self.rows.iter().filter(|row| is(row)).count();
+        text.push_str(&format!("{} tried, {} seen on record\n", self.rows.len(), count(|r| r.recorded)));
         text.push_str(&format!("{} blocked, {} live unprotected", count(|r| r.blocked), count(|r| r.live)));
         text
     }
@@ -117,14 +132,16 @@ mod tests {
             "test dma ... blocked under Cordon: guest: a",
             "live without Cordon: guest: a",
             "blocked under Cordon: firmware: b",
+            "on record under Cordon: firmware: b",
             "blocked under Cordon: guest: a",
         ] {
             board.note(line);
         }
         let table = "\
-attack       with Cordon  without
-firmware: b  blocked      no control
-guest: a     blocked      live
+attack       with Cordon  on record  without
+firmware: b  blocked      yes        no control
+guest: a     blocked                 live
+2 tried, 1 seen on record
 2 blocked, 1 live unprotected";
         assert_eq!(board.table(), table);
     }
@@ -135,7 +152,7 @@ guest: a     blocked      live
         board.note("live without Cordon: a");
         assert_eq!(
             board.table(),
-            "attack  with Cordon  without\na       NOT SEEN     live\n0 blocked, 1 live unprotected"
+            "attack  with Cordon  on record  without\na       NOT SEEN                live\n1 tried, 0 seen on record\n0 blocked, 1 live unprotected"
         );
     }
 }

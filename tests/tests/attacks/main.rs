@@ -20,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use ::firmware::service::{HYPERCALL_BASE, Service, TARGETS, Target as Called};
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
-use tests::attacks::{seen, seen_of_long};
+use tests::attacks::{recorded, seen, seen_of_long};
 use tests::edu::{self, Prey};
 use tests::machine::{Boot, Machine, Spec};
 use tests::region::Region;
@@ -214,7 +214,14 @@ fn refused(machine: &mut Machine) -> (u64, String) {
     (count.parse().unwrap(), last.to_owned())
 }
 
-/// Tries to reach what must not be reached: each access ends its process, and is in Cordon's record.
+/// The last record of the exposure log whose line has all of `words`; nothing if there is none.
+fn last_record(machine: &mut Machine, words: &[&str]) -> String {
+    let log = machine.check("cordon log").unwrap();
+    let has_all = |line: &&str| words.iter().all(|word| line.contains(word));
+    log.lines().rev().find(has_all).unwrap_or_default().to_owned()
+}
+
+/// Tries to reach what must not be reached: each access ends its process, and is in `Status`.
 fn all_refused(machine: &mut Machine, accesses: &[Access]) {
     // As many as the record holds in full.
     for some in accesses.chunks(8) {
@@ -268,6 +275,7 @@ fn memory(target: &mut Target) {
         // The MLE works in its own memory, but none of it becomes what was to be written.
         assert_ne!(now, 0x5a5a_a5a5_u32.to_le_bytes(), "{at:#x}, {before:x?} before");
         seen(&reach(what), true);
+        recorded(&reach(what));
     }
     assert_eq!(machine.memory(places.mle, 32).unwrap(), image[..32]);
     // All are counted, and some on record.
@@ -295,6 +303,7 @@ fn tpm_locality(target: &mut Target) {
             .flat_map(|l| [Access::read(page(l)).bits(8), Access::write(page(l), REQUEST).bits(8)])
             .collect();
         all_refused(machine, &tries);
+        recorded("guest: take locality 2 of the TPM");
     } else {
         let tries = [Access::write(page(2), REQUEST), Access::read(page(2)), Access::write(page(2), ACTIVE)];
         let results = access(machine, &tries.map(|a| a.bits(8)));
@@ -521,6 +530,8 @@ fn svm_instructions(target: &mut Target) {
 
 /// Makes Cordon write for the guest: a runtime service whose results go to memory that is not the guest's.
 fn hypercalls_of_kernels(target: &mut Target) {
+    /// What a call's record says. Its status is firmware's, for it is made before the guest has results.
+    const CALL: [&str; 1] = ["QueryVariableInfo"];
     let Target { machine, places, protected, .. } = target;
     if !*protected {
         // Nobody is there to call.
@@ -573,11 +584,15 @@ fn hypercalls_of_kernels(target: &mut Target) {
         ("local APIC, past the watched page", 0xfee0_0000),
     ] {
         let before = (page < REGISTERS).then(|| machine.memory(page, 0x200).unwrap());
+        let record = last_record(machine, &CALL);
         assert_eq!(ring0(machine, page, &there), Ring0::Ran(2), "results at {page:#x}");
+        assert_ne!(last_record(machine, &CALL), record, "results at {page:#x}");
         if let Some(before) = before {
             assert!(machine.memory(page, 0x200).unwrap() == before, "{page:#x} changed");
         }
-        seen(&format!("guest: hypercall with results for the {what}"), true);
+        let attack = format!("guest: hypercall with results for the {what}");
+        seen(&attack, true);
+        recorded(&attack);
     }
     let nowhere = at_thunk(service, call(0x2000_0000, service.hypercall()));
     assert_eq!(ring0(machine, SCRATCH, &nowhere), Ring0::Ran(2));
