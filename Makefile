@@ -81,7 +81,7 @@ test: build lint ## Formatting, lints, host tests, then tests on whole machines
 	$(CARGO) test -p tests --test services -- --test-threads=2
 	$(CARGO) test -p tests --test senter -- --test-threads=2
 	$(CARGO) test -p tests --test devices
-	$(CARGO) test -p tests --test intel
+	$(CARGO) test -p tests --test intel -- --test-threads=3
 	$(BENCH) attacks
 
 test-all: test ## Also boot every combination of firmware, TPM, CPUs and memory

@@ -70,7 +70,8 @@ impl Board {
         let mut command = Command::new("cargo");
         command.current_dir(paths::root()).stdout(Stdio::piped());
         command.args(["test", "-p", "tests", "--test"]).args(tests);
-        command.args(["--", "--nocapture", "--test-threads=2"]);
+        // Most of these machines take one core each, and not all of it.
+        command.args(["--", "--nocapture", "--test-threads=3"]);
         if all {
             command.arg("--include-ignored").env(ALL, "1");
         }

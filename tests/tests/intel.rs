@@ -90,7 +90,6 @@ fn linux_starts_after_senter() {
 }
 
 #[test]
-#[ignore = "takes three minutes"]
 fn linux_starts_after_senter_on_a_cpu_with_sha_instructions_and_large_pages() {
     linux_starts(Cpu::Cannonlake);
 }
