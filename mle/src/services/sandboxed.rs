@@ -116,13 +116,13 @@ impl Services {
         ports: Ports,
     ) -> End {
         if interruptible {
-            return self.run_with(call, cpu, true, ports, |_| Some(End::Preempted));
+            return self.run_with(call, cpu, true, ports, &mut |_| Some(End::Preempted));
         }
         let Some(mut timer) = LentTimer::borrow(local) else {
-            return self.run_with(call, cpu, false, ports, |_| None);
+            return self.run_with(call, cpu, false, ports, &mut |_| None);
         };
         let pics = Silenced::begin(&ports);
-        let end = self.run_with(call, cpu, true, ports, |cpu| {
+        let end = self.run_with(call, cpu, true, ports, &mut |cpu| {
             cpu.take_interrupts();
             timer.go_on(local);
             None
@@ -147,7 +147,7 @@ impl Services {
         cpu: &mut Cpu,
         interruptible: bool,
         ports: Ports,
-        mut interrupted: impl FnMut(&mut Cpu) -> Option<End>,
+        interrupted: &mut dyn FnMut(&mut Cpu) -> Option<End>,
     ) -> End {
         let parts = &mut self.parts;
         // The guest ran, and may have selected another register.
