@@ -159,6 +159,8 @@ rust() {
         echo "$way" >build/toolchain
     fi
     command -v cargo >/dev/null || die "no cargo in PATH: install Rust 1.95 or later with rustup, or run with TOOLCHAIN=debian"
+    # Rust links host programs with it, and does not bring it.
+    command -v cc >/dev/null || install_packages "what links host programs" "20 seconds" gcc libc6-dev
 }
 
 packages
