@@ -4,6 +4,7 @@
 #
 #   tests/setup.sh            everything that most targets need
 #   tests/setup.sh module     besides, the module for the guest's kernel in tests/guest/firmware-calls
+#   tests/setup.sh fwupd      besides, fwupd for the guest
 #   TOOLCHAIN=rustup|debian   where `core` for the images' targets comes from (default: rustup if it answers)
 set -eu
 cd "$(dirname "$0")/.."
@@ -60,6 +61,18 @@ packages() {
         qemu-system-x86 bochs bochsbios bochs-sdl vgabios ovmf swtpm swtpm-tools mtools busybox-static efibootmgr efivar tpm2-tools util-linux
 }
 
+# fetch FOLDER PACKAGE...: downloads packages, and does not install them.
+fetch() {
+    into=$1
+    shift
+    download() { (cd "$into" && apt-get -q -o APT::Sandbox::User=root download "$@"); }
+    if ! quietly build/apt.log download "$@"; then
+        # A package list older than the archive names versions that are gone.
+        quietly build/apt.log as_root apt-get -q update || die "apt-get update failed, see build/apt.log"
+        quietly build/apt.log download "$@" || die "download of $* failed, see build/apt.log"
+    fi
+}
+
 # Of a kernel's package, as patterns of tar's: the kernel, modules of all machines and of those with more devices.
 modules() { printf ' ./lib/modules/*/kernel/%s' "$@"; }
 PARTS=./boot/vmlinuz-*$(modules arch/x86/kernel block crypto drivers/ata drivers/firmware drivers/scsi fs/efivarfs fs/fat fs/nls lib)
@@ -82,12 +95,7 @@ kernel() {
     say "fetching the guest kernel $package ($size, about 1 minute)"
     rm -rf "$folder.new"
     mkdir -p "$folder.new/deb" "$folder.new/modules"
-    download() { (cd "$folder.new/deb" && apt-get -q -o APT::Sandbox::User=root download "$package"); }
-    if ! quietly build/apt.log download; then
-        # A package list older than the archive names versions that are gone.
-        quietly build/apt.log as_root apt-get -q update || die "guest kernel: apt-get update failed, see build/apt.log"
-        quietly build/apt.log download || die "guest kernel: download of $package failed, see build/apt.log"
-    fi
+    fetch "$folder.new/deb" "$package"
     archive=$(echo "$folder.new"/deb/*.deb)
     set -f
     # shellcheck disable=SC2086
@@ -113,6 +121,23 @@ module() {
         die "the guest's module was not built, see build/module.log"
     mv build/firmware-calls/firmware_calls.ko "$built"
     rm -r build/firmware-calls
+}
+
+# fwupd with the libraries that this machine lacks, unpacked and not installed: installed it is a service.
+fwupd() {
+    folder=build/fwupd
+    [ ! -e "$folder" ] || return 0
+    lacking=$(apt-get install --simulate --no-install-recommends fwupd | sed -n 's/^Inst \([^ ]*\).*/\1/p')
+    say "fetching fwupd (6 MB)"
+    rm -rf "$folder.new"
+    mkdir -p "$folder.new"
+    # shellcheck disable=SC2046,SC2086
+    fetch "$folder.new" $(printf '%s\n' fwupd $lacking | sort -u)
+    for archive in "$folder.new"/*.deb; do
+        dpkg-deb --extract "$archive" "$folder.new" || die "fwupd: $archive could not be unpacked"
+        rm "$archive"
+    done
+    mv "$folder.new" "$folder"
 }
 
 has_targets() {
@@ -166,5 +191,8 @@ rust() {
 packages
 kernel linux-image-amd64 kernel "70 MB" "$PARTS$DEVICES"
 kernel linux-image-cloud-amd64 kernel-cloud "27 MB" "$PARTS"
-[ "${1:-}" != module ] || module
+case "${1:-}" in
+module) module ;;
+fwupd) fwupd ;;
+esac
 rust

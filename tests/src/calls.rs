@@ -1,13 +1,12 @@
 //! What a firmware call costs, with Cordon and without, by a module in the guest's kernel: `tests/guest/firmware-calls`.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail};
 
 use crate::machine::{Boot, Firmware, Machine, Spec};
 use crate::qemu::NS_PER_INSTRUCTION;
-use crate::{initrd, paths};
+use crate::{images, initrd, paths};
 
 /// The module.
 const MODULE: &str = "firmware_calls";
@@ -40,9 +39,7 @@ impl Figures {
 
 /// Writes the bench's RAM disk with that module, for a kernel with the driver of the firmware's clock, to `to`.
 pub fn build_initrd(to: &Path) -> Result<()> {
-    let setup = paths::root().join("tests/setup.sh");
-    let status = Command::new(&setup).arg("module").status().context("starting tests/setup.sh")?;
-    ensure!(status.success(), "{} module: {status}", setup.display());
+    images::set_up("module")?;
     initrd::add_modules(&paths::initrd(), &paths::modules(), &[MODULE], to)
 }
 

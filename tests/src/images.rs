@@ -36,6 +36,14 @@ const IMAGES: [Image; 3] = [
     uefi("loader", "loader.efi", paths::loader),
 ];
 
+/// Has `tests/setup.sh` install what few need.
+pub fn set_up(part: &str) -> Result<()> {
+    let setup = paths::root().join("tests/setup.sh");
+    let status = Command::new(&setup).arg(part).status().context("starting tests/setup.sh")?;
+    ensure!(status.success(), "{} {part}: {status}", setup.display());
+    Ok(())
+}
+
 /// Firmware's implant, which no user gets.
 const HOSTILE: [Image; 1] = [uefi("hostile", "hostile.efi", paths::hostile)];
 /// Firmware's part that emulated boards lack.

@@ -31,30 +31,47 @@ pub fn build(busybox: &Path, tool: &Path, modules: &Path, to: &Path) -> Result<(
     let tool = fs::read(tool).with_context(|| format!("{}: run `make build`", tool.display()))?;
     archive.add("bin/cordon", ModeFileType::Regular, 0o755, &tool)?;
     archive.add_modules(&order, &[])?;
-    let plain = trailer(archive.bytes)?;
-    let mut packed = GzBuilder::new().mtime(0).write(Vec::new(), Compression::fast());
-    packed.write_all(&plain)?;
-    write_whole(to, &packed.finish()?)
+    write_whole(to, &archive.packed()?)
 }
 
 /// Writes the RAM disk `base` and, behind it, one of the host's programs with the libraries that it needs, to `to`. The kernel
 /// unpacks both.
 pub fn add_program(base: &Path, program: &Path, to: &Path) -> Result<()> {
-    let output = Command::new("ldd").arg(program).output().context("starting ldd")?;
-    ensure!(output.status.success(), "{}: is it installed?", program.display());
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let libraries = text.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new);
     let mut archive = Archive::default();
-    for file in libraries.chain([program]) {
-        let path = file.to_string_lossy();
-        // Folders first; a second entry for one changes nothing.
-        for (at, _) in path.match_indices('/').skip(1) {
-            archive.add(&path[1..at], ModeFileType::Directory, 0o755, &[])?;
-        }
-        let bytes = fs::read(file).with_context(|| path.to_string())?;
-        archive.add(&path[1..], ModeFileType::Regular, 0o755, &bytes)?;
+    for file in libraries(program, "")?.iter().map(PathBuf::as_path).chain([program]) {
+        archive.add_file(file, file)?;
     }
     append(base, archive, to)
+}
+
+/// The same for `files`, of which the first is a program, of packages that are unpacked in `root`: they go to where they would be if
+/// these were installed. A package's own libraries are in folders of the libraries' folder.
+pub fn add_unpacked(base: &Path, root: &Path, files: &[&str], to: &Path) -> Result<()> {
+    let common = root.join("usr/lib/x86_64-linux-gnu");
+    let entries = fs::read_dir(&common).with_context(|| common.display().to_string())?;
+    let mut folders: Vec<_> = entries.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
+    folders.retain(|path| path.is_dir());
+    folders.push(common);
+    let search: Vec<_> = folders.iter().map(|folder| folder.to_string_lossy()).collect();
+    let files: Vec<_> = files.iter().map(|file| root.join(file)).collect();
+    let program = files.first().context("no program")?;
+    let mut archive = Archive::default();
+    for file in libraries(program, &search.join(":"))?.iter().chain(&files) {
+        let place = file.strip_prefix(root).map_or(file.clone(), |inside| Path::new("/").join(inside));
+        archive.add_file(file, &place)?;
+    }
+    // Libraries of a large program are many megabytes to read and to measure.
+    append_bytes(base, &archive.packed()?, to)
+}
+
+/// The libraries that a program needs, of the folders `search` first.
+fn libraries(program: &Path, search: &str) -> Result<Vec<PathBuf>> {
+    let output =
+        Command::new("ldd").arg(program).env("LD_LIBRARY_PATH", search).output().context("starting ldd")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let complete = output.status.success() && !text.contains("not found");
+    ensure!(complete, "{}: is it installed? {text}", program.display());
+    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect())
 }
 
 /// Writes the RAM disk `base`, which [`build`] made of the folder `modules`, and behind it more modules of that folder, for init to
@@ -72,9 +89,13 @@ pub fn add_modules(base: &Path, modules: &Path, names: &[&str], to: &Path) -> Re
 }
 
 fn append(base: &Path, archive: Archive, to: &Path) -> Result<()> {
+    append_bytes(base, &trailer(archive.bytes)?, to)
+}
+
+fn append_bytes(base: &Path, archive: &[u8], to: &Path) -> Result<()> {
     let mut all = fs::read(base).with_context(|| base.display().to_string())?;
     all.resize(all.len().next_multiple_of(4), 0);
-    all.extend(trailer(archive.bytes)?);
+    all.extend(archive);
     write_whole(to, &all)
 }
 
@@ -96,6 +117,23 @@ impl Archive {
         entry.write_all(data)?;
         self.bytes = entry.finish()?;
         Ok(())
+    }
+
+    /// The whole archive, packed.
+    fn packed(self) -> Result<Vec<u8>> {
+        let mut packed = GzBuilder::new().mtime(0).write(Vec::new(), Compression::fast());
+        packed.write_all(&trailer(self.bytes)?)?;
+        Ok(packed.finish()?)
+    }
+
+    /// The file `from`, as `to`, with the folders that it is in: a second entry for one changes nothing.
+    fn add_file(&mut self, from: &Path, to: &Path) -> Result<()> {
+        let path = to.to_string_lossy();
+        for (at, _) in path.match_indices('/').skip(1) {
+            self.add(&path[1..at], ModeFileType::Directory, 0o755, &[])?;
+        }
+        let bytes = fs::read(from).with_context(|| from.display().to_string())?;
+        self.add(&path[1..], ModeFileType::Regular, 0o755, &bytes)
     }
 
     /// The modules `order` but those that are `there`, and for init the list of all.

@@ -30,6 +30,11 @@ pub fn cloud_kernel() -> PathBuf {
     build().join("kernel-cloud/vmlinuz")
 }
 
+/// The distribution's fwupd, unpacked, with libraries that this machine lacks.
+pub fn fwupd() -> PathBuf {
+    build().join("fwupd")
+}
+
 /// That kernel's modules.
 pub fn cloud_modules() -> PathBuf {
     build().join("kernel-cloud/modules")
