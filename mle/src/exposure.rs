@@ -235,6 +235,7 @@ impl<M: Mmio, C: Clock> Link<M, C> {
                 return Settled::Measured;
             }
             self.work = Work::Hashing(self.tpm.hasher(), 0);
+            return Settled::Working;
         }
         match self.part(log) {
             Ok(false) => return Settled::Working,
@@ -272,10 +273,10 @@ impl<M: Mmio, C: Clock> Link<M, C> {
             let (now, later) = rest.split_at(rest.len().min(PART));
             hasher.update(now);
             *done = done.saturating_add(now.len());
-            if !later.is_empty() {
-                return Ok(false);
+            if later.is_empty() {
+                self.work = Work::Hashed(hasher.clone().finish());
             }
-            self.work = Work::Hashed(hasher.clone().finish());
+            return Ok(false);
         }
         if let (Work::Hashed(digests), false) = (&self.work, self.degraded) {
             self.tpm.acquire(Locality::Two, Contention::SHARED)?;
