@@ -8,12 +8,14 @@
 //! What the MLE does: [`ExposureLog::record`], and when that says [`Urgency::AtOnce`] or [`ExposureLog::due`] says so,
 //! [`ExposureLog::seal`], extend PCR 22 with the digests of those bytes, [`ExposureLog::extended`].
 
+mod meter;
 mod read;
 mod record;
 mod ring;
 #[cfg(test)]
 mod tests;
 
+pub use meter::Meter;
 pub use read::{Batch, Chain, Entry, Exposure, FormatError, LinkError};
 pub use record::{
     Access, Decision, Denied, Guid, Kind, NAME_MAX, Name, NoService, RECORD_MAX, Record, Region,

@@ -215,8 +215,7 @@ impl<W: Mmio> AmdVi<W> {
     }
 
     /// Takes what was stopped out of the IOMMUs' logs, at most 64 faults of each; three register reads for an IOMMU
-    /// that stopped nothing. A log that ran over is started again. Which faults to tell is the caller's choice
-    /// ([`crate::fault::Meter`]).
+    /// that stopped nothing. A log that ran over is started again. Which faults to tell is the caller's choice.
     ///
     /// # Errors
     /// [`Error`] when a log is not readable or an IOMMU does not restart it.

@@ -340,7 +340,7 @@ impl<W: Mmio> VtD<W> {
     }
 
     /// Takes what was stopped out of the units' records, at most 64 faults of each; one register read for a unit that
-    /// stopped nothing. Which faults to tell is the caller's choice ([`crate::fault::Meter`]). The source's segment is
+    /// stopped nothing. Which faults to tell is the caller's choice. The source's segment is
     /// that of the unit.
     pub fn drain(&self, mut sink: impl FnMut(Fault)) -> Drained {
         let mut total = Drained::default();

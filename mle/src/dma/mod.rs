@@ -8,8 +8,8 @@ pub mod shown;
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use firmware::exposure::{Access, Decision, Kind, Record, Text};
-use iommu::fault::{self, Fault, Meter, Reason};
+use firmware::exposure::{Access, Decision, Kind, Meter, Record, Text};
+use iommu::fault::{self, Fault, Reason};
 use spin::{Mutex, Once};
 
 pub use self::iommus::{Error, Iommus, Left, Listed};

@@ -1,11 +1,10 @@
 //! The VT-d unit that the guest is shown, so that its own driver has devices send what can be checked (ADR 0012).
 
-use firmware::exposure::{Decision, Kind, Record, Text};
+use firmware::exposure::{Decision, Kind, Meter, Record, Text};
 use hv::addr::PhysRange;
 use hv::failure::MleError;
 use hv::radix::Rights;
 use hv::space::{AddressSpace, View};
-use iommu::fault::Meter;
 use iommu::vt_d::shown::{GuestRam, Shown};
 use spin::Mutex;
 

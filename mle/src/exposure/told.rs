@@ -2,8 +2,7 @@
 
 use core::fmt::{self, Display, Formatter, Write};
 
-use firmware::exposure::{CALL_SMIS, Record, Text};
-use iommu::fault::Meter;
+use firmware::exposure::{CALL_SMIS, Meter, Record, Text};
 use spin::Mutex;
 
 /// SMIs that were raised and that nobody is known to have asked for.
@@ -19,7 +18,7 @@ pub static GUEST_MEMORY: Told = Told::new();
 
 const _: () = assert!(CALL_SMIS == Meter::BURST as usize);
 
-/// Which records of one sort there are: as many as of accesses that an IOMMU stopped ([`Meter`]).
+/// Which records of one sort there are: as many as [`Meter`] lets through.
 pub struct Told(Mutex<Meter>);
 
 impl Told {
