@@ -29,7 +29,7 @@ const PDPT: usize = PAGE;
 const CODE: usize = 2 * PAGE;
 const PLAN: usize = 3 * PAGE;
 
-/// What the services answer. All zeros is no lie. `tests/tests/attacks/firmware.rs` knows the offsets.
+/// What the services answer. All zeros is no lie. `tests/tests/attacks/firmware/lies.rs` knows the offsets.
 #[repr(C)]
 struct Plan {
     /// Status of the SetVariable that runs the code.

@@ -8,8 +8,10 @@ mod dma;
 mod firmware;
 mod gap;
 mod guest;
+mod hypercalls;
 mod interrupts;
 mod relaunch;
+mod smis;
 mod smm;
 mod tamper;
 
@@ -17,7 +19,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use ::firmware::service::{HYPERCALL_BASE, Service, TARGETS, Target as Called};
 use guest::Ring0;
 use hv::launch::{LAUNCH_PAGE_SIZE, MleHeader, SLB_SIZE};
 use tests::attacks::{recorded, seen, seen_of_long};
@@ -35,8 +36,6 @@ const SCRATCH_SIZE: u64 = 128 << 20;
 /// Status of a process that a signal ended: SIGILL, SIGSEGV.
 const SIGILL: i32 = 128 + 4;
 const SIGSEGV: i32 = 128 + 11;
-/// The MSR in which QEMU counts a CPU's SMIs, as Intel's CPUs do.
-const SMI_COUNT: u32 = 0x34;
 /// Exceptions.
 const UD: Ring0 = Ring0::Exception(6);
 const GP: Ring0 = Ring0::Exception(13);
@@ -442,35 +441,6 @@ fn cpuid(target: &mut Target) {
     seen("guest: find SVM", target.protected);
 }
 
-/// Page offset of a service's hypercall in Cordon's thunk page.
-fn hypercall_at(called: Called) -> usize {
-    ::firmware::tables::hypercall_address(0, called) as usize
-}
-
-/// A slot's code with a hypercall at the place of `called` behind it, which leaves the number of an error.
-fn at_thunk(called: Called, mut code: Vec<u8>) -> Vec<u8> {
-    code.resize(hypercall_at(called) - 8, 0x90);
-    code.extend(guest::VMMCALL);
-    code.extend([0x48, 0x0f, 0xba, 0xf8, 63]); // btc rax, 63
-    code
-}
-
-/// Makes hypercalls from a program: right number, right page offset, but at CPL 3.
-fn hypercalls_of_programs(target: &mut Target) {
-    let service = Called::Service(Service::ResetSystem);
-    let program = guest::hypercall(service.hypercall(), hypercall_at(service));
-    // A CPU without SVM knows no such instruction either.
-    assert_eq!(run_program(&mut target.machine, &program).0, SIGILL);
-    // The same program, doing nothing instead.
-    let at = program.windows(3).position(|w| w == guest::VMMCALL).unwrap();
-    let mut harmless = program;
-    harmless[at..at + 3].copy_from_slice(&[0x90; 3]);
-    assert_eq!(run_program(&mut target.machine, &harmless).0, 0);
-    if target.protected {
-        seen("guest: hypercall of a program", true);
-    }
-}
-
 /// Runs instructions at CPL 0 of the first CPU, with the page at `page` mapped for them.
 fn ring0(machine: &mut Machine, page: u64, code: &[u8]) -> Ring0 {
     let base = fs::read(paths::modules().join("nls_ascii.ko")).unwrap();
@@ -528,97 +498,6 @@ fn svm_instructions(target: &mut Target) {
     }
 }
 
-/// Makes Cordon write for the guest: a runtime service whose results go to memory that is not the guest's.
-fn hypercalls_of_kernels(target: &mut Target) {
-    /// What a call's record says. Its status is firmware's, for it is made before the guest has results.
-    const CALL: [&str; 1] = ["QueryVariableInfo"];
-    let Target { machine, places, protected, .. } = target;
-    if !*protected {
-        // Nobody is there to call.
-        assert_eq!(ring0(machine, SCRATCH, &guest::VMMCALL), UD);
-        return;
-    }
-    let service = Called::Service(Service::QueryVariableInfo);
-    let [p, q] = [0, 0x100].map(|offset| guest::MAPPED + offset);
-    // QueryVariableInfo with one result at p and two at `results`.
-    let call = |results: u32, number: u32| {
-        let mut code = vec![0xb9, 7, 0, 0, 0, 0xba]; // mov ecx, 7; mov edx, p
-        code.extend(p.to_le_bytes());
-        code.extend([0x41, 0xb8]); // mov r8d, results
-        code.extend(results.to_le_bytes());
-        code.extend([0x41, 0xb9]); // mov r9d, results
-        code.extend(results.to_le_bytes());
-        code.push(0xb8); // mov eax, number
-        code.extend(number.to_le_bytes());
-        code
-    };
-    let there = at_thunk(service, call(q, service.hypercall()));
-    let mut call_elsewhere = call(q, service.hypercall());
-    // Elsewhere in its page it is no call.
-    call_elsewhere.extend(guest::VMMCALL);
-    assert_eq!(ring0(machine, SCRATCH, &call_elsewhere), UD);
-    // Nor with another number.
-    for (what, number) in [
-        ("another service's number", Called::Service(Service::GetTime).hypercall()),
-        ("a number beyond all", HYPERCALL_BASE + TARGETS as u32),
-        ("no number of ours", u32::MAX),
-    ] {
-        assert_eq!(ring0(machine, SCRATCH, &at_thunk(service, call(q, number))), UD, "{what}");
-        seen(&format!("guest: hypercall with {what}"), true);
-    }
-    // With results for the guest's own memory it works.
-    write(machine, SCRATCH, 0);
-    assert_eq!(ring0(machine, SCRATCH, &there), Ring0::Ran(0));
-    assert_ne!(read(machine, SCRATCH), 0, "bytes for variables");
-    // With results for anybody else's it does not: EFI_INVALID_PARAMETER.
-    let (runtime, _) = places.runtime[0];
-    for (what, page) in [
-        ("MLE", places.mle),
-        ("MLE's data", places.mle + 0x10_0000),
-        ("SLB", places.slb),
-        ("launch page", places.launch_page),
-        ("EFI runtime data", runtime),
-        ("TPM", 0xfed4_2000),
-        ("host bridge's own configuration space", chipset::ecam(machine)),
-        ("I/O APIC", 0xfec0_0000),
-        ("local APIC, past the watched page", 0xfee0_0000),
-    ] {
-        let before = (page < REGISTERS).then(|| machine.memory(page, 0x200).unwrap());
-        let record = last_record(machine, &CALL);
-        assert_eq!(ring0(machine, page, &there), Ring0::Ran(2), "results at {page:#x}");
-        assert_ne!(last_record(machine, &CALL), record, "results at {page:#x}");
-        if let Some(before) = before {
-            assert!(machine.memory(page, 0x200).unwrap() == before, "{page:#x} changed");
-        }
-        let attack = format!("guest: hypercall with results for the {what}");
-        seen(&attack, true);
-        recorded(&attack);
-    }
-    let nowhere = at_thunk(service, call(0x2000_0000, service.hypercall()));
-    assert_eq!(ring0(machine, SCRATCH, &nowhere), Ring0::Ran(2));
-    seen("guest: hypercall with results for addresses that lead nowhere", true);
-
-    // SetVariable of more bytes than there are: a vendor and the name "a" at p, data behind them.
-    let service = Called::Service(Service::SetVariable);
-    write(machine, SCRATCH + 0x40, u64::from(b'a'));
-    for size in [1 << 32, u64::MAX] {
-        let mut code = vec![0x48, 0x83, 0xec, 0x40, 0x48, 0xc7, 0x44, 0x24, 0x28]; // sub rsp, 64; mov qword [rsp + 40], q
-        code.extend(q.to_le_bytes());
-        code.push(0xb9); // mov ecx, the name
-        code.extend((p + 0x40).to_le_bytes());
-        code.push(0xba); // mov edx, p
-        code.extend(p.to_le_bytes());
-        code.extend([0x41, 0xb8, 7, 0, 0, 0, 0x49, 0xb9]); // mov r8d, 7; mov r9, size
-        code.extend(size.to_le_bytes());
-        code.push(0xb8);
-        code.extend(service.hypercall().to_le_bytes());
-        let mut code = at_thunk(service, code);
-        code.extend([0x48, 0x83, 0xc4, 0x40]); // add rsp, 64
-        assert_eq!(ring0(machine, SCRATCH, &code), Ring0::Ran(2), "{size:#x} bytes");
-    }
-    seen("guest: hypercall with sizes of 2^32 and 2^64 - 1", true);
-}
-
 fn write_code(machine: &mut Machine, at: u64, code: &[u8]) {
     for (at, word) in (at..).step_by(8).zip(code.chunks(8)) {
         let mut bytes = [0; 8];
@@ -631,86 +510,6 @@ fn write_code(machine: &mut Machine, at: u64, code: &[u8]) {
 fn one_to_one(machine: &mut Machine) {
     write(machine, SCRATCH + 0x1000, (SCRATCH + 0x2000) | 3);
     write(machine, SCRATCH + 0x2000, 0x83);
-}
-
-/// One CPU wants results on a page for which another changes the page table all the time: it leads to the guest's memory,
-/// to the MLE's, and back. A call whose check looks at one and whose write goes to the other would write the MLE.
-fn races(target: &mut Target) {
-    /// Enough for both outcomes to come many times. Interrupts are off for so long, and Linux warns after 20 seconds.
-    const CALLS: u64 = 60;
-    /// Bits for statuses.
-    const SUCCESS: u64 = 1;
-    const INVALID_PARAMETER: u64 = 1 << 2;
-    let Target { machine, places, protected, .. } = target;
-    if !*protected {
-        return;
-    }
-    let [table, own, thunks] = [0x4000, 0x5000, 0x6000].map(|offset| SCRATCH + offset);
-    let service = Called::Service(Service::QueryVariableInfo);
-    let thunk = thunks + hypercall_at(service) as u64;
-    write_code(machine, SCRATCH, &guest::race(SCRATCH, thunk, service.hypercall(), CALLS));
-    write_code(machine, thunk, &[guest::VMMCALL.as_slice(), &guest::JMP_RBX].concat());
-    one_to_one(machine);
-    write(machine, SCRATCH + 0x2008, (SCRATCH + 0x3000) | 3);
-    write(machine, SCRATCH + 0x3000, table | 3);
-    write(machine, own, 0);
-    let before = machine.memory(places.mle, 0x1000).unwrap();
-    send(machine, "/tmp/swap", &guest::swap(table, [own | 3, places.mle | 3]));
-    machine.check("taskset 2 /tmp/swap >/dev/null 2>&1 & echo $! >/tmp/swap.pid").unwrap();
-    assert!(matches!(ring0(machine, SCRATCH, &guest::call_mapped()), Ring0::Ran(_)));
-    machine.check("kill $(cat /tmp/swap.pid)").unwrap();
-    // Both came, and nothing else: the other CPU did change the table between calls, so within them as well.
-    assert_eq!(read(machine, SCRATCH + guest::SEEN), SUCCESS | INVALID_PARAMETER);
-    assert_ne!(read(machine, own), 0, "bytes for variables");
-    assert!(machine.memory(places.mle, 0x1000).unwrap() == before, "the MLE changed");
-    seen("guest: hypercall while another CPU remaps the page of its results", true);
-}
-
-/// Code that writes `count` times to the SMI command port.
-fn smis_by_port(count: u32) -> Vec<u8> {
-    let mut code = vec![0x66, 0xba, 0xb2, 0, 0xb0, 0, 0xb9]; // mov dx, b2h; mov al, 0; mov ecx, count
-    code.extend(count.to_le_bytes());
-    code.extend([0xee, 0xff, 0xc9, 0x75, 0xfb]); // out dx, al; dec ecx; jnz
-    code
-}
-
-/// How many SMIs a storm is: many where they are dropped; few where they are raised, as each may stop both CPUs for 100 ms on a
-/// loaded bench.
-fn smi_storm(dropped: bool) -> u32 {
-    if dropped { 1000 } else { 24 }
-}
-
-/// The TPM was not at work for more than `records` records, and none is missing of those that others made.
-fn measured_at_most(machine: &mut Machine, before: (u64, u64), records: usize) {
-    /// What was pending already, and reads of others meanwhile.
-    const OTHERS: u64 = 2;
-    let (batches, missing) = tally::measured(machine).unwrap();
-    assert!(
-        batches - before.0 <= records as u64 + OTHERS,
-        "{batches} batches, {before:?} before, {records} records"
-    );
-    assert_eq!(missing, before.1, "records spilled or lost");
-}
-
-/// Has the SMI command port written without end: each is an SMI, each of which takes both CPUs away and would be on record.
-fn smis(target: &mut Target) {
-    let Target { machine, protected, .. } = target;
-    let storm = smi_storm(*protected);
-    let count = |machine: &mut Machine| access_msrs(machine, 0, &[(SMI_COUNT, None)])[0].expect("SMI count");
-    let before = protected.then(|| tally::measured(machine).unwrap());
-    let raised = count(machine);
-    assert_eq!(ring0(machine, SCRATCH, &smis_by_port(storm)), Ring0::Ran(0));
-    let raised = count(machine) - raised;
-    if let Some(before) = before {
-        assert_eq!(raised, 0);
-        let told = tally::of(machine, "SMIs of the guest", |record| record["kind"] == "guest SMI").unwrap();
-        assert_eq!(told.counted, u64::from(storm));
-        measured_at_most(machine, before, told.records());
-        machine.check("cordon verify").unwrap();
-    } else {
-        assert_eq!(raised, u64::from(storm));
-    }
-    seen("guest: raise SMIs, and drown the log in them", *protected);
 }
 
 /// Reads the launch page through its neighbour a MiB above, with address line 20 masked: SKINIT sets VM_CR.DIS_A20M,
@@ -751,11 +550,11 @@ fn attack(target: &mut Target) -> BTreeMap<&'static str, String> {
         ("decoders", chipset::decoders),
         ("msrs", msrs),
         ("cpuid", cpuid),
-        ("hypercalls_of_programs", hypercalls_of_programs),
+        ("hypercalls::of_programs", hypercalls::of_programs),
         ("svm_instructions", svm_instructions),
-        ("hypercalls_of_kernels", hypercalls_of_kernels),
-        ("races", races),
-        ("smis", smis),
+        ("hypercalls::of_kernels", hypercalls::of_kernels),
+        ("hypercalls::races", hypercalls::races),
+        ("smis", smis::of_guest),
         ("dma", dma::devices),
     ];
     let mut failures = BTreeMap::new();
